@@ -1,0 +1,84 @@
+"""Volumes: boxes (N, 6) -> masks, slice by slice from the middle of each box outward."""
+import numpy as np
+import torch
+from torch import Tensor
+
+from .geometry import box_of_mask, boxes_to_network, logits_to_mask, scaled_size
+from .segment import decode_boxes, encode, label_dtype
+
+LITE_MEDSAM_LOOSENED = 3             # network pixels, LiteMedSAM's inference script
+
+
+class Embeddings:
+    """Embeddings of the slices of one volume, each computed once while `cache_mb` allows.
+
+    Slices are visited upward, then downward, so when memory is short the lowest kept slice, needed last, goes first.
+    """
+
+    def __init__(self, model, volume: np.ndarray, cache_mb: float):
+        self.model, self.volume = model, volume
+        self.limit = int(cache_mb * 2**20) // (256 * 64 * 64 * 4)
+        self.kept: dict[int, Tensor] = {}
+
+    def get(self, z: int, keep: bool) -> Tensor:
+        """(1, 256, 64, 64) of slice z; `keep` it for a later visit."""
+        embedding = self.kept.pop(z, None)
+        if embedding is None:
+            embedding = encode(self.model, self.volume[z])
+        if keep and self.limit > 0:
+            if len(self.kept) >= self.limit:
+                del self.kept[min(self.kept)]
+            self.kept[z] = embedding
+        return embedding
+
+
+def next_prompt(model, mask: np.ndarray, default: Tensor) -> Tensor:
+    """The prompt (4,) in network pixels for the neighbour slice: the box of this slice's mask, `default` if empty."""
+    box = box_of_mask(mask)
+    if box is None:
+        return default
+    size = model.image_size
+    prompt = boxes_to_network(box[None], *mask.shape, size)[0]
+    if model.name == "lite_medsam":
+        prompt = prompt + LITE_MEDSAM_LOOSENED * torch.tensor([-1.0, -1.0, 1.0, 1.0])
+        height, width = scaled_size(*mask.shape, size)
+        prompt = torch.minimum(prompt.clamp(min=0), torch.tensor([width, height, width, height], dtype=torch.float32))
+    return prompt
+
+
+def segment_volume(model, volume: np.ndarray, boxes: np.ndarray, cache_mb: float = 1024) -> np.ndarray:
+    """uint8 (D, H, W[, 3]) and boxes (N, 6) x0 y0 z0 x1 y1 z1, all inclusive -> labels (D, H, W) uint8 or uint16.
+
+    The published propagation (LiteMedSAM's and MedficientSAM's inference scripts): the middle slice
+    (z0 + z1) // 2 is prompted with the box, every further slice, up to z1 and down to z0, with the box of its
+    neighbour's mask. Box k gives label k; where masks overlap, the later box wins. All boxes that wait for a
+    slice are decoded as one batch on one embedding; at most `cache_mb` MB of embeddings are kept.
+    """
+    depth, height, width = volume.shape[:3]
+    segs = np.zeros((depth, height, width), label_dtype(len(boxes)))
+    if not len(boxes):
+        return segs
+    first, last = boxes[:, 2].astype(int), boxes[:, 5].astype(int)
+    middle = (first + last) // 2
+    defaults = boxes_to_network(boxes[:, [0, 1, 3, 4]], height, width, model.image_size)     # (N, 4)
+    embeddings = Embeddings(model, volume, cache_mb)
+    upward, downward = defaults.clone(), defaults.clone()     # each object's prompt for its next slice
+
+    def visit(z: int, objects: np.ndarray, prompts: Tensor, keep: bool) -> None:
+        logits = decode_boxes(model, embeddings.get(z, keep), prompts[objects])              # (n, 256, 256)
+        for k, one in zip(objects, logits):
+            mask = logits_to_mask(one[None], height, width, model.image_size)[0]
+            segs[z][mask & (segs[z] <= k)] = k + 1            # a later box has the higher label
+            prompts[k] = next_prompt(model, mask, defaults[k])
+            if z == middle[k]:
+                downward[k] = prompts[k]
+
+    for z in range(middle.min(), last.max() + 1):
+        objects = np.flatnonzero((middle <= z) & (z <= last))
+        if len(objects):
+            visit(z, objects, upward, keep=bool(((first <= z) & (z < middle)).any()))
+    for z in range(middle.max() - 1, first.min() - 1, -1):
+        objects = np.flatnonzero((first <= z) & (z < middle))
+        if len(objects):
+            visit(z, objects, downward, keep=False)
+    return segs
