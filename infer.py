@@ -1,8 +1,11 @@
-"""Challenge cases (NPZ with `imgs` and `boxes`) in, masks (NPZ with `segs`) out.
+"""Challenge cases (NPZ with `imgs` and `boxes`) in, masks (NPZ with `segs`) out; or your own pictures and NIfTI volumes.
 
     python infer.py -i cases -o out                          # every NPZ of a folder
     python infer.py -i case.npz -o out --overlay pictures    # one case, with a picture
     python infer.py -i cases -o out --part 2/8               # the second of eight jobs
+    python infer.py -i photo.png -o out --box 30 40 200 180  # a picture: mask picture, overlay and NPZ
+    python infer.py -i ct.nii.gz -o out --box 30 40 10 200 180 25 --window soft-tissue
+    python infer.py -i photo.png -o out --pick               # draw the boxes in a window
 """
 import argparse
 import os
@@ -16,17 +19,24 @@ import torch
 from medficient_mini.cases import list_cases, read_case, write_segs
 from medficient_mini.checkpoint import load_model
 from medficient_mini.draw import contact_sheet, overlay, save_png
+from medficient_mini.fast import PRECISIONS, resolve_precision, to_fast
+from medficient_mini.formats import is_nifti, is_picture, stem_of
+from medficient_mini.pick import pick, require_display
 from medficient_mini.progress import progress
+from medficient_mini.prompts import (add_prompt_options, list_user_files, prompts_of, read_user_case, segment_points,
+                                     write_user_case)
 from medficient_mini.segment import segment_image
 from medficient_mini.volume import segment_volume
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-i", "--input", required=True, help="folder of NPZ cases, or one NPZ file")
+    parser.add_argument("-i", "--input", required=True, help="folder of NPZ cases, pictures or NIfTI files, or one of these")
     parser.add_argument("-o", "--output", required=True, type=Path, help="folder for the masks")
     parser.add_argument("--weights", help="checkpoint file, or lite_medsam (default: the package's own weights)")
     parser.add_argument("--decoder-weights", help="checkpoint whose prompt encoder and mask decoder complete a bare encoder")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto",
+                        help="auto: bf16 where the CPU has it, else f32; int8 needs a file of medficient_mini.quantize")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--overlay", type=Path, metavar="DIR", help="also write a picture of each case there")
@@ -35,6 +45,7 @@ def parse_arguments():
     parser.add_argument("--cache-mb", type=float, default=1024, help="embeddings kept of a volume, in MB")
     parser.add_argument("--z-exclusive", action="store_true",
                         help="z_max of a volume's box is the slice after the last (the MedficientSAM authors' reading)")
+    add_prompt_options(parser)
     return parser.parse_args()
 
 
@@ -51,15 +62,46 @@ def part_of(argument: str | None) -> tuple[int, int]:
     return k - 1, n
 
 
+def list_inputs(arguments, prompts) -> list[Path]:
+    """NPZ cases, or the user's own files where there are prompts for them, but nothing out of the output folder.
+
+    ValueError where an output would replace an input or two inputs would share an output.
+    """
+    source, output = Path(arguments.input), arguments.output.resolve()
+    if not prompts.given and (is_picture(source) or is_nifti(source)) and source.is_file():
+        raise ValueError(f"{source}: expected --box, --boxes, --point or --pick beside a picture or volume")
+    paths = list_user_files(source, prompts) if prompts.given else list_cases(source)
+    if output == (source if source.is_dir() else source.parent).resolve() and (source.is_dir() or not prompts.given):
+        raise ValueError(f"{arguments.output}: expected another folder for the masks than that of the cases")
+    paths = [path for path in paths if output not in path.resolve().parents or source.is_file()]
+    first = {}
+    for path in paths:
+        other = first.setdefault(stem_of(path), path)
+        if other != path:
+            raise ValueError(f"{source}: expected file names that differ, found {other} and {path}")
+    return paths
+
+
 def segment(model, case, arguments):
-    """Labels of one case, and its picture where one is wanted."""
+    """Labels of one case; None where the user left the window of --pick."""
+    if arguments.pick:
+        return pick(model, case, arguments.cache_mb)
+    if case.points is not None:
+        return segment_points(model, case)
     if case.is_3d:
-        segs = segment_volume(model, case.volume, case.boxes, arguments.cache_mb)
-        picture = contact_sheet(case.volume, segs, case.boxes) if arguments.overlay else None
-    else:
-        segs = segment_image(model, case.image, case.boxes)
-        picture = overlay(case.image, segs, case.boxes) if arguments.overlay else None
-    return segs, picture
+        return segment_volume(model, case.volume, case.boxes, arguments.cache_mb, case.start)
+    return segment_image(model, case.image, case.boxes)
+
+
+def draw(case, segs):
+    """The picture of a case with its masks."""
+    return contact_sheet(case.volume, segs, case.boxes) if case.is_3d else overlay(case.image, segs, case.boxes)
+
+
+def load(arguments):
+    """The network in its form for inference: the fast one on a CPU."""
+    model = load_model(arguments.weights, arguments.decoder_weights, arguments.device)
+    return to_fast(model, resolve_precision(arguments.precision)) if arguments.device == "cpu" else model
 
 
 def note_seconds(folder: Path, name: str, seconds: float) -> None:
@@ -77,19 +119,30 @@ def note_seconds(folder: Path, name: str, seconds: float) -> None:
 def run(arguments) -> int:
     """Segment every case; the number of cases that failed. Reading and writing overlap with the network."""
     rank, world = part_of(arguments.part)
-    paths = list_cases(arguments.input)[rank::world]
+    prompts = prompts_of(arguments)
+    if arguments.pick:
+        require_display()
+    paths = list_inputs(arguments, prompts)[rank::world]
     arguments.output.mkdir(parents=True, exist_ok=True)
-    todo = [path for path in paths if arguments.overwrite or not (arguments.output / path.name).exists()]
-    model = load_model(arguments.weights, arguments.decoder_weights, arguments.device) if todo else None
+    again = arguments.overwrite or prompts.at_hand
+    todo = [path for path in paths if again or not (arguments.output / f"{stem_of(path)}.npz").exists()]
+    model = load(arguments) if todo else None
     failed, written, start = 0, [], time.perf_counter()
 
     def read(path):
+        if prompts.given:
+            return read_user_case(path, arguments.input, prompts)
         return read_case(path, z_exclusive=arguments.z_exclusive)
 
-    def write(case, segs, picture, seconds):
-        write_segs(arguments.output / case.name, segs)
-        if picture is not None:
-            save_png(arguments.overlay / (Path(case.name).stem + ".png"), picture)
+    def write(case, segs, seconds):
+        # The NPZ comes last: where it exists, the case is finished.
+        if prompts.given:
+            save_png((arguments.overlay or arguments.output) / f"{stem_of(case.name)}_overlay.png", draw(case, segs))
+            write_user_case(arguments.output, case, segs)
+        else:
+            if arguments.overlay:
+                save_png(arguments.overlay / f"{stem_of(case.name)}.png", draw(case, segs))
+            write_segs(arguments.output / f"{stem_of(case.name)}.npz", segs)
         note_seconds(arguments.output, case.name, seconds)
 
     def complain(path, error):
@@ -103,15 +156,19 @@ def run(arguments) -> int:
                 case = case.result()
                 for warning in case.warnings:
                     print(warning, file=sys.stderr)
+                if case.intensity:
+                    print(f"{case.name}: intensities: {case.intensity}")
                 began = time.perf_counter()
-                segs, picture = segment(model, case, arguments)
-                written.append((path, writer.submit(write, case, segs, picture, time.perf_counter() - began)))
+                segs = segment(model, case, arguments)
+                if segs is None:
+                    break
+                written.append((path, writer.submit(write, case, segs, time.perf_counter() - began)))
             except (ValueError, OSError, MemoryError) as error:
                 complain(path, error)
     for path, job in written:
         if job.exception():
             complain(path, job.exception())
-    print(f"{len(todo) - failed} segmented, {len(paths) - len(todo)} skipped as finished, {failed} failed, "
+    print(f"{sum(not job.exception() for _, job in written)} segmented, {len(paths) - len(todo)} skipped as finished, {failed} failed, "
           f"{time.perf_counter() - start:.1f} s; masks in {arguments.output}")
     return failed
 

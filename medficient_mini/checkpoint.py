@@ -11,13 +11,12 @@ Data-parallel `module.` prefixes are removed. Files are opened with `weights_onl
 """
 import hashlib
 import importlib.util
-import os
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .files import whole_file
 from .nets.sam import NETWORKS, Sam, build_sam
 
 LITE_MEDSAM_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
@@ -144,14 +143,5 @@ def load_model(weights: str | Path | None = None, decoder_weights: str | Path | 
 
 def atomic_torch_save(content: dict, path: str | Path) -> None:
     """`torch.save` to a temporary name in the same folder, then rename: a killed run leaves the old file whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with whole_file(path) as temporary:
         torch.save(content, temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

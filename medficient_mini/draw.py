@@ -4,11 +4,11 @@ Images are uint8, grey (H, W) or RGB (H, W, 3); pictures come back as RGB uint8 
 Label i has the same colour in every picture, and so has box i - 1, from which label i was made.
 """
 import math
-import os
-from pathlib import Path
 
 import cv2
 import numpy as np
+
+from .files import whole_file
 
 SMALLEST = 512                       # overlays of smaller images are enlarged by a whole number until this long
 TILE = 320                           # longest side of a slice in a contact sheet and of a panel in a row
@@ -193,11 +193,5 @@ def ticks(low, high):
 
 def save_png(path, picture: np.ndarray) -> None:
     """RGB uint8 (H, W, 3) -> PNG file, written beside it first and then renamed; makes the folder. OSError if it fails."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as temporary:
         temporary.write_bytes(cv2.imencode(".png", np.ascontiguousarray(picture[..., ::-1]))[1].tobytes())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
