@@ -20,11 +20,11 @@ from medficient_mini.cases import list_cases, read_case, write_segs
 from medficient_mini.checkpoint import load_model
 from medficient_mini.draw import contact_sheet, overlay, save_png
 from medficient_mini.fast import PRECISIONS, resolve_precision, to_fast
-from medficient_mini.formats import is_nifti, is_picture, stem_of
+from medficient_mini.formats import stem_of
 from medficient_mini.pick import pick, require_display
 from medficient_mini.progress import progress
-from medficient_mini.prompts import (add_prompt_options, list_user_files, prompts_of, read_user_case, segment_points,
-                                     write_user_case)
+from medficient_mini.prompts import (add_prompt_options, draw_points, list_user_files, prompts_of, read_user_case,
+                                     segment_points, write_user_case)
 from medficient_mini.segment import segment_image
 from medficient_mini.volume import segment_volume
 
@@ -68,9 +68,11 @@ def list_inputs(arguments, prompts) -> list[Path]:
     ValueError where an output would replace an input or two inputs would share an output.
     """
     source, output = Path(arguments.input), arguments.output.resolve()
-    if not prompts.given and (is_picture(source) or is_nifti(source)) and source.is_file():
-        raise ValueError(f"{source}: expected --box, --boxes, --point or --pick beside a picture or volume")
-    paths = list_user_files(source, prompts) if prompts.given else list_cases(source)
+    try:
+        paths = list_user_files(source, prompts) if prompts.given else list_cases(source)
+    except ValueError as error:
+        hint = "" if prompts.given else " (pictures and volumes need --box, --boxes, --point or --pick)"
+        raise ValueError(f"{error}{hint}") from None
     if output == (source if source.is_dir() else source.parent).resolve() and (source.is_dir() or not prompts.given):
         raise ValueError(f"{arguments.output}: expected another folder for the masks than that of the cases")
     paths = [path for path in paths if output not in path.resolve().parents or source.is_file()]
@@ -95,7 +97,10 @@ def segment(model, case, arguments):
 
 def draw(case, segs):
     """The picture of a case with its masks."""
-    return contact_sheet(case.volume, segs, case.boxes) if case.is_3d else overlay(case.image, segs, case.boxes)
+    picture = contact_sheet(case.volume, segs, case.boxes) if case.is_3d else overlay(case.image, segs, case.boxes)
+    if case.points is not None:
+        draw_points(picture, case)
+    return picture
 
 
 def load(arguments):
@@ -162,6 +167,9 @@ def run(arguments) -> int:
                 segs = segment(model, case, arguments)
                 if segs is None:
                     break
+                if prompts.given and not segs.any():
+                    print(f"{case.name}: nothing found" + " (most medical weights are trained on boxes, not points)"
+                          * (case.points is not None), file=sys.stderr)
                 written.append((path, writer.submit(write, case, segs, time.perf_counter() - began)))
             except (ValueError, OSError, MemoryError) as error:
                 complain(path, error)

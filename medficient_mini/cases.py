@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .files import whole_file
+
 PIECE = 1 << 20                      # numbers streamed at once
 LARGEST = 16 << 30                   # bytes of one array; far above any scan, far below what a forged header claims
 UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, OverflowError, KeyError,
@@ -349,12 +351,5 @@ def write_segs(path, segs: np.ndarray, **extra) -> None:
 
 def write_npz(path, **arrays) -> None:
     """np.savez_compressed that leaves a whole file or none, in a folder made if need be."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, **arrays)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)

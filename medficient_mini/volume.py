@@ -46,20 +46,22 @@ def next_prompt(model, mask: np.ndarray, default: Tensor) -> Tensor:
     return prompt
 
 
-def segment_volume(model, volume: np.ndarray, boxes: np.ndarray, cache_mb: float = 1024) -> np.ndarray:
+def segment_volume(model, volume: np.ndarray, boxes: np.ndarray, cache_mb: float = 1024,
+                   start: np.ndarray | None = None) -> np.ndarray:
     """uint8 (D, H, W[, 3]) and boxes (N, 6) x0 y0 z0 x1 y1 z1, all inclusive -> labels (D, H, W) uint8 or uint16.
 
     The published propagation (LiteMedSAM's and MedficientSAM's inference scripts): the middle slice
     (z0 + z1) // 2 is prompted with the box, every further slice, up to z1 and down to z0, with the box of its
     neighbour's mask. Box k gives label k; where masks overlap, the later box wins. All boxes that wait for a
     slice are decoded as one batch on one embedding; at most `cache_mb` MB of embeddings are kept.
+    start: int (N,), the slices that the boxes were drawn on, instead of the middle ones.
     """
     depth, height, width = volume.shape[:3]
     segs = np.zeros((depth, height, width), label_dtype(len(boxes)))
     if not len(boxes):
         return segs
     first, last = boxes[:, 2].astype(int), boxes[:, 5].astype(int)
-    middle = (first + last) // 2
+    middle = (first + last) // 2 if start is None else start
     defaults = boxes_to_network(boxes[:, [0, 1, 3, 4]], height, width, model.image_size)     # (N, 4)
     embeddings = Embeddings(model, volume, cache_mb)
     upward, downward = defaults.clone(), defaults.clone()     # each object's prompt for its next slice
