@@ -73,9 +73,11 @@ def list_inputs(arguments, prompts) -> list[Path]:
     except ValueError as error:
         hint = "" if prompts.given else " (pictures and volumes need --box, --boxes, --point or --pick)"
         raise ValueError(f"{error}{hint}") from None
-    if output == (source if source.is_dir() else source.parent).resolve() and (source.is_dir() or not prompts.given):
+    if output == (source if source.is_dir() else source.parent).resolve():
         raise ValueError(f"{arguments.output}: expected another folder for the masks than that of the cases")
-    paths = [path for path in paths if output not in path.resolve().parents or source.is_file()]
+    for folder in (output, (arguments.overlay or output).resolve()):
+        if source.resolve() in folder.parents:                  # results of an earlier run are no input of this one
+            paths = [path for path in paths if folder not in path.resolve().parents]
     first = {}
     for path in paths:
         other = first.setdefault(stem_of(path), path)
@@ -110,15 +112,20 @@ def load(arguments):
 
 
 def note_seconds(folder: Path, name: str, seconds: float) -> None:
-    """Append to efficiency.csv in one write, so that several jobs may share the folder."""
+    """Append to efficiency.csv, every line in one write at the file's end, so that several jobs may share the folder."""
     path = folder / "efficiency.csv"
+    name = f'"{name}"' if "," in name else name
+    if not path.exists():
+        append(path, "case,seconds\n")                          # two jobs may both do this; readers skip it anywhere
+    append(path, f"{name},{seconds:.3f}\n")
+
+
+def append(path: Path, line: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        with open(path, "x") as file:
-            file.write("case,seconds\n")
-    except FileExistsError:
-        pass
-    with open(path, "a") as file:
-        file.write(f"{name},{seconds:.3f}\n")
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
 
 
 def run(arguments) -> int:
@@ -153,14 +160,16 @@ def run(arguments) -> int:
     def complain(path, error):
         nonlocal failed
         failed += 1
-        print(error if path.name in str(error) else f"{path.name}: {error}", file=sys.stderr)
+        line = first_line(error)
+        bar.write(line if path.name in line else f"{path.name}: {line}")
 
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        for path, case in progress(ahead(reader, read, todo), len(todo), "segmenting"):
+        bar = progress(ahead(reader, read, todo), len(todo), "segmenting")
+        for path, case in bar:
             try:
                 case = case.result()
                 for warning in case.warnings:
-                    print(warning, file=sys.stderr)
+                    bar.write(warning)
                 if case.intensity:
                     print(f"{case.name}: intensities: {case.intensity}")
                 began = time.perf_counter()
@@ -168,15 +177,16 @@ def run(arguments) -> int:
                 if segs is None:
                     break
                 if prompts.given and not segs.any():
-                    print(f"{case.name}: nothing found" + " (most medical weights are trained on boxes, not points)"
-                          * (case.points is not None), file=sys.stderr)
+                    hint = " (most medical weights are trained on boxes, not points)" * (case.points is not None)
+                    bar.write(f"{case.name}: nothing found{hint}")
                 written.append((path, writer.submit(write, case, segs, time.perf_counter() - began)))
-            except (ValueError, OSError, MemoryError) as error:
+            except (ValueError, OSError, MemoryError, RuntimeError) as error:      # torch: out of memory is a RuntimeError
                 complain(path, error)
     for path, job in written:
         if job.exception():
             complain(path, job.exception())
-    print(f"{sum(not job.exception() for _, job in written)} segmented, {len(paths) - len(todo)} skipped as finished, {failed} failed, "
+    done = sum(not job.exception() for _, job in written)
+    print(f"{done} segmented, {len(paths) - len(todo)} skipped as finished, {failed} failed, "
           f"{time.perf_counter() - start:.1f} s; masks in {arguments.output}")
     return failed
 
@@ -193,14 +203,18 @@ def ahead(executor, function, items):
         yield previous
 
 
+def first_line(error) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def main() -> int:
     arguments = parse_arguments()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
     try:
+        if arguments.threads is not None:
+            torch.set_num_threads(arguments.threads)
         return 1 if run(arguments) else 0
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+    except (ValueError, OSError, RuntimeError) as error:        # RuntimeError: a device that is not there
+        print(first_line(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on with the cases that are left", file=sys.stderr)

@@ -9,22 +9,21 @@ The checkpoints hold the encoder alone: infer.py --weights runs/distill/best.pt 
 import argparse
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from medficient_mini.checkpoint import ENCODER, load_model, load_state, load_strictly, resolve
+from medficient_mini.checkpoint import ENCODER, load_state, load_strictly, resolve
 from medficient_mini.data import DistillDataset, embedding_path, save_embedding
 from medficient_mini.geometry import to_network
 from medficient_mini.losses import bce, dice_loss, embedding_mse
 from medficient_mini.nets.sam import build_sam
 from medficient_mini.options import (add_common_arguments, check_size, draw_slices, make_sampler, modality_means,
-                                     run_script, slices_of, split_data, start)
+                                     run_script, slices_of, split_data, start, validation_slices)
 from medficient_mini.progress import progress
-from medficient_mini.training import Trainer
+from medficient_mini.training import Trainer, read_last
 
 STATISTICS_SLICES = 128   # training slices from which the teacher's mean and variance are taken
 
@@ -32,18 +31,19 @@ STATISTICS_SLICES = 128   # training slices from which the teacher's mean and va
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser, out=Path("runs/distill"), lr=0.075, weight_decay=5e-4, batch_size=2,
-                         schedule="plateau", schedules=("plateau", "halve", "cosine"))
+                         schedule="plateau", schedules=("plateau", "halve", "cosine"), boxes=2)
     add = parser.add_argument_group("distillation").add_argument
     add("--student", choices=("l0", "l1", "l2"), default="l1", help="default: %(default)s")
     add("--init", metavar="FILE", help="start from this checkpoint's image encoder, e.g. of a run at a smaller --size")
-    add("--teacher", default="lite_medsam", metavar="FILE", help="checkpoint of any of the five networks, or lite_medsam "
-        "(default; the paper's is MedSAM's medsam_vit_b.pth)")
+    add("--teacher", default="lite_medsam", metavar="FILE", help="checkpoint of any of the five networks, also of its "
+        "encoder alone, or lite_medsam (default; the paper's is MedSAM's medsam_vit_b.pth)")
     add("--embeddings", metavar="DIR", help="keep the teacher's embeddings there (float16, 2 MB each; computed once, "
         "restartable) and train without the teacher. With flips and no mask loss all four flipped versions are kept")
     add("--embeddings-limit", type=int, metavar="N", help="compute it for at most N training slices, all "
         "modalities served (0: use what is there); the other slices serve the mask loss alone")
     add("--flips", action=argparse.BooleanOptionalAction, default=True, help="random flips (default: on)")
-    add("--augment", action="store_true", help="also random shift, scale and rotation")
+    add("--augment", action="store_true", help="also random shift, scale and rotation; such a sample has no cached "
+        "embedding, so with --embeddings it needs --mask-loss or --plain")
     add("--plain", type=float, default=0.0, metavar="PART", help="leave this part of the samples unaugmented: they keep "
         "the target of their cached embedding (default: 0)")
     add("--start-from-statistics", action="store_true", help="the student's last norm starts from the teacher's "
@@ -53,9 +53,6 @@ def parse_arguments():
         "the frozen decoder of --decoder-weights; the embedding error then counts in units of the teacher's variance")
     add("--decoder-weights", metavar="FILE", help="prompt encoder and mask decoder for --mask-loss and the validation's "
         "DSC (default: none)")
-    add("--boxes", type=int, default=2, metavar="N", help="boxes per image for --mask-loss (default: %(default)s)")
-    add("--box-shift", type=int, default=5, metavar="PIXELS", help="largest outward shift of a box's side (default: 5)")
-    add("--box-jitter", type=float, default=0.0, metavar="PART", help="and shift either way by this part of the box's side")
     return parser.parse_args()
 
 
@@ -78,10 +75,12 @@ class TeacherImages(torch.utils.data.Dataset):
 @torch.inference_mode()
 def keep_embeddings(arguments, world, cases, slices, cache, flips, label):
     """Compute the embeddings that --embeddings lacks; each process its share. The teacher is loaded only if needed."""
-    wanted = [(index, z, flip) for index, z in slices for flip in flips
-              if not embedding_path(arguments.embeddings, cases[index], z, flip).exists()][world.rank::world.size]
+    # Each its share first: what is there already differs from one look to the next while the others are writing.
+    mine = [(index, z, flip) for index, z in slices for flip in flips][world.rank::world.size]
+    wanted = [(index, z, flip) for index, z, flip in mine
+              if not embedding_path(arguments.embeddings, cases[index], z, flip).exists()]
     if wanted:
-        teacher = load_model(arguments.teacher, device=str(world.device)).to(memory_format=torch.channels_last)
+        teacher = load_teacher(arguments, world)
         loader = torch.utils.data.DataLoader(TeacherImages(cases, wanted, cache, teacher), batch_size=4,
                                              num_workers=arguments.workers)
         for ks, images in progress(loader, len(loader), label) if world.first else loader:
@@ -115,6 +114,20 @@ def statistics_of(embeddings):
     return mean.float(), (square / count - mean ** 2).float()
 
 
+def load_encoder(model, state, path):
+    """Only the image encoder of a state dict, strictly."""
+    state = {key: value for key, value in state.items() if key.startswith(ENCODER)}
+    load_strictly(nn.ModuleDict({"image_encoder": model.image_encoder}), state, path)
+
+
+def load_teacher(arguments, world):
+    """The network of --teacher with its image encoder's weights; its decoder plays no part and keeps random ones."""
+    name, state = load_state(path := resolve(arguments.teacher))
+    teacher = build_sam(name)
+    load_encoder(teacher, state, path)
+    return teacher.eval().to(world.device, memory_format=torch.channels_last)
+
+
 def build_student(arguments):
     """Student with random weights or those of --init, and the decoder of --decoder-weights, which stays as it is."""
     student = build_sam(f"medficientsam_{arguments.student}")
@@ -122,8 +135,7 @@ def build_student(arguments):
         name, state = load_state(resolve(arguments.init))
         if name != student.name:
             raise ValueError(f"{arguments.init}: --init: holds {name}, expected {student.name}")
-        state = {key: value for key, value in state.items() if key.startswith(ENCODER)}
-        load_strictly(nn.ModuleDict({"image_encoder": student.image_encoder}), state, arguments.init)
+        load_encoder(student, state, arguments.init)
     if arguments.decoder_weights:
         name, state = load_state(path := resolve(arguments.decoder_weights))
         state = {key: value for key, value in state.items() if not key.startswith(ENCODER)}
@@ -139,14 +151,15 @@ def main():
     world = start(arguments)
     if arguments.mask_loss and not arguments.decoder_weights:
         raise ValueError("--mask-loss: needs --decoder-weights FILE, e.g. lite_medsam")
+    if arguments.embeddings and arguments.augment and not (arguments.mask_loss or arguments.plain):
+        raise ValueError("--augment: expected --mask-loss or --plain beside it: with --embeddings a rotated sample has no target")
     student = build_student(arguments)
     size, teacher_file = check_size(arguments, student), resolve(arguments.teacher)
     train, val, cache = split_data(arguments, world)
-    slices = slices_of(train, cache, world, labelled_only=False)
+    slices = slices_of(arguments, world, train, cache, labelled_only=False)
     if arguments.limit_samples:
         slices = draw_slices(train, slices, arguments.limit_samples, arguments.seed)
-    val_slices = slices_of(val, cache, world, labelled_only=bool(arguments.decoder_weights))
-    val_slices = draw_slices(val, val_slices, arguments.val_limit, seed=0, power=0.5)
+    val_slices = validation_slices(arguments, world, val, cache, labelled_only=bool(arguments.decoder_weights))
     teacher, embeddings = None, arguments.embeddings
     if embeddings:
         with world.first_goes_ahead():
@@ -160,10 +173,10 @@ def main():
         if not known:
             raise ValueError(f"{embeddings}: holds no embedding of a training slice, expected some (--embeddings-limit)")
         if len(known) < len(slices):                                           # the others serve where they have masks
-            useful = set(known) | set(slices_of(train, cache, world, True) if arguments.mask_loss else ())
+            useful = set(known) | set(slices_of(arguments, world, train, cache, True) if arguments.mask_loss else ())
             slices = [item for item in slices if item in useful]
     else:
-        teacher = load_model(teacher_file, device=str(world.device)).to(memory_format=torch.channels_last)
+        teacher = load_teacher(arguments, world)
     student.to(world.device, memory_format=torch.channels_last)
 
     given = dict(teacher_size=teacher.image_size, teacher_resize=teacher.resize) if teacher else dict(embeddings=embeddings)
@@ -182,10 +195,14 @@ def main():
         with torch.no_grad():
             return teacher.image_encoder(batch["teacher_image"])
 
-    some = draw_slices(train, slices if teacher else known, STATISTICS_SLICES, arguments.seed, power=0.5)
-    some = DistillDataset(train, some, cache, **given)
-    with torch.no_grad(), world.autocast():
-        mean, variance = statistics_of(target(alone(some, i))[0] for i in range(len(some)))
+    statistics = read_last(arguments.out)["extra"] if arguments.resume else {}
+    if not statistics:
+        some = draw_slices(train, slices if teacher else known, STATISTICS_SLICES, arguments.seed, power=0.5)
+        some = DistillDataset(train, some, cache, **given)
+        with torch.no_grad(), world.autocast():
+            mean, variance = statistics_of(target(alone(some, i))[0] for i in range(len(some)))
+        statistics = {"teacher_mean": mean, "teacher_variance": variance}
+    mean, variance = statistics["teacher_mean"], statistics["teacher_variance"]
     if arguments.start_from_statistics:
         with torch.no_grad():
             student.image_encoder.norm.bias.copy_(mean)
@@ -230,7 +247,8 @@ def main():
 
     trainer = Trainer(arguments, world, network=student.name, model=nn.ModuleDict({"image_encoder": student.image_encoder}),
                       dataset=dataset, sampler=make_sampler(arguments, world, train, slices), terms=terms, count=count,
-                      losses=losses, validate=validate, frozen=[student.prompt_encoder, student.mask_decoder],
+                      losses=losses, validate=validate, extra=statistics,
+                      frozen=[student.prompt_encoder, student.mask_decoder],
                       criterion=("dsc", "max") if arguments.decoder_weights else ("val_error", "min"))
     trainer.say(f"{len(slices)} training slices of {len(train)} cases, {len(val_slices)} validation slices of {len(val)}; "
                 f"student {student.name} at {size}; {trainer.steps} updates of {trainer.batch} samples")

@@ -16,7 +16,7 @@ from medficient_mini.checkpoint import load_model
 from medficient_mini.data import FinetuneDataset
 from medficient_mini.losses import finetune_loss
 from medficient_mini.options import (add_common_arguments, check_size, draw_slices, make_sampler, modality_means,
-                                     run_script, slices_of, split_data, start)
+                                     run_script, slices_of, split_data, start, validation_slices)
 from medficient_mini.progress import progress
 from medficient_mini.training import Trainer
 
@@ -24,7 +24,7 @@ from medficient_mini.training import Trainer
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser, out=Path("runs/finetune"), lr=2e-6, weight_decay=0.01, batch_size=8,
-                         schedule="cosine", schedules=("cosine", "plateau", "halve"))
+                         schedule="cosine", schedules=("cosine", "plateau", "halve"), boxes=5)
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--weights", default="runs/distill/best.pt", metavar="FILE", help="checkpoint to start from: a distilled encoder "
         "or a whole network, any of the five, or lite_medsam (default: %(default)s)")
@@ -32,9 +32,6 @@ def parse_arguments():
     add("--augment", choices=("none", "full"), default="none", help="full: flips, shift, scale, rotation (default: none)")
     add("--freeze", choices=("none", "encoder", "prompt"), default="none", help="part that keeps its weights (default: none)")
     add("--freeze-norm", action="store_true", help="batch norms keep their running statistics: good for small batches")
-    add("--boxes", type=int, default=5, metavar="N", help="objects drawn per image (default: %(default)s)")
-    add("--box-shift", type=int, default=5, metavar="PIXELS", help="largest outward shift of a box's side (default: 5)")
-    add("--box-jitter", type=float, default=0.0, metavar="PART", help="and shift either way by this part of the box's side")
     add("--published-loss", action="store_true", help="as the published code: Dice and focal term without gradient, only "
         "the IoU head's error trains (for comparison)")
     return parser.parse_args()
@@ -43,17 +40,15 @@ def parse_arguments():
 def main():
     arguments = parse_arguments()
     world = start(arguments)
-    if arguments.boxes < 1:
-        raise ValueError(f"--boxes: expected at least 1, found {arguments.boxes}")
     model = load_model(arguments.weights, arguments.decoder_weights).to(world.device, memory_format=torch.channels_last)
     size = check_size(arguments, model)
     train, val, cache = split_data(arguments, world, need_masks=True)
-    slices = slices_of(train, cache, world, labelled_only=True)
+    slices = slices_of(arguments, world, train, cache, labelled_only=True)
     if not slices:
         raise ValueError(f"{arguments.data}: gts of all training cases are empty, expected labels")
     if arguments.limit_samples:
         slices = draw_slices(train, slices, arguments.limit_samples, arguments.seed)
-    val_slices = draw_slices(val, slices_of(val, cache, world, labelled_only=True), arguments.val_limit, seed=0, power=0.5)
+    val_slices = validation_slices(arguments, world, val, cache, labelled_only=True)
     common = dict(size=size, resize=model.resize, max_boxes=arguments.boxes)
     dataset = FinetuneDataset(train, slices, cache, augment=arguments.augment, seed=arguments.seed,
                               box_shift=arguments.box_shift, box_jitter=arguments.box_jitter, **common)

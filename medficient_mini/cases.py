@@ -18,6 +18,7 @@ import numpy as np
 from .files import whole_file
 
 PIECE = 1 << 20                      # numbers streamed at once
+FIELDS = ("imgs", "boxes", "gts", "spacing")          # whatever else a file holds is not looked at
 LARGEST = 16 << 30                   # bytes of one array; far above any scan, far below what a forged header claims
 UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, OverflowError, KeyError,
               zipfile.BadZipFile, zlib.error, struct.error)
@@ -135,9 +136,9 @@ def _read_headers(archive) -> dict[str, Header]:
     """The header of each array, after checking that the archive can hold what it announces."""
     headers = {}
     for info in archive.infolist():
-        if not info.filename.endswith(".npy"):
+        name = info.filename.removesuffix(".npy")
+        if name not in FIELDS or name == info.filename:
             continue
-        name = info.filename[:-4]
         with archive.open(info) as stream:
             shape, fortran, dtype = _read_header(stream, name)
             held = info.file_size - stream.tell()
@@ -155,8 +156,9 @@ def _read_header(stream, name: str) -> Header:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream)
-    except ValueError as error:
-        raise _Wrong(f"{name}: expected an array, found a damaged header ({str(error).splitlines()[0]})") from None
+    except Exception as error:       # numpy evaluates the header, and damage there raises whatever it happens to hit
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise _Wrong(f"{name}: expected an array, found a damaged header ({reason})") from None
     if dtype.hasobject:
         raise _Wrong(f"{name}: expected numbers, found Python objects, which are never loaded")
     if any(not isinstance(n, int) or n < 0 for n in shape):
@@ -229,8 +231,7 @@ def _read_pixels(archive, header: Header, case: Case) -> np.ndarray:
     if math.isnan(low) or math.isnan(high):
         raise _Wrong(f"imgs: expected uint8 or numbers within 0-255, found {dtype} with NaN")
     if low < 0 or high > 255:
-        raise _Wrong(f"imgs: expected uint8 or numbers within 0-255, found {dtype} from {low:g} to {high:g} "
-                     "(medficient_mini.convert maps other intensities)")
+        raise _Wrong(f"imgs: expected uint8 or numbers within 0-255, found {dtype} from {low:g} to {high:g}")
     if dtype.kind != "f":
         return _fill(archive, "imgs", header, np.uint8)
     scale = 1.0

@@ -5,6 +5,7 @@
 | `medsam_vit_b.pth`, `lite_medsam.pth`, EfficientViT-SAM `l0.pt` `l1.pt` `l2.pt` | plain state dict | whole model |
 | training snapshots of LiteMedSAM and MedSAM, ours | `{"model": {…}, …}` | whole model, or our distilled encoder |
 | MedficientSAM fine-tuned (Lightning) | `{"state_dict": {"model.…"}}` | whole model |
+| ours, 8 bits (quantize.py, storage.py) | `{"model": {…}, "calibration": {…}}` | whole model |
 | MedficientSAM distilled (Lightning) | `{"state_dict": {"student_encoder.…", "teacher_encoder.…"}}` | encoder only |
 
 Data-parallel `module.` prefixes are removed. Files are opened with `weights_only=True`: pickled code is refused.
@@ -18,9 +19,11 @@ from torch import Tensor
 
 from .files import whole_file
 from .nets.sam import NETWORKS, Sam, build_sam
+from .storage import expand_state
 
 LITE_MEDSAM_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
 ENCODER = "image_encoder."
+DEFAULT = Path(__file__).parent / "weights" / "medficientsam_l1.pth"
 
 
 def find_lite_medsam() -> Path:
@@ -40,7 +43,9 @@ def find_lite_medsam() -> Path:
 
 
 def resolve(weights: str | Path | None) -> Path:
-    """`lite_medsam` or a path -> a path; None -> lite_medsam. ValueError where there is no such file."""
+    """None (the package's own weights), `lite_medsam` or a path -> a path. ValueError where there is no such file."""
+    if weights is None and DEFAULT.is_file():
+        return DEFAULT
     if weights is None or str(weights) == "lite_medsam":
         return find_lite_medsam()
     path = Path(weights)
@@ -66,7 +71,11 @@ def load_state(path: str | Path) -> tuple[str, dict[str, Tensor]]:
     A file that holds an encoder alone gives keys that all start with `image_encoder.`. ValueError, one line, for
     a file of another kind.
     """
-    content = read_torch(path)
+    return unwrap(path, read_torch(path))
+
+
+def unwrap(path: str | Path, content) -> tuple[str, dict[str, Tensor]]:
+    """What `load_state` says of the content of a file."""
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a state dict, found {type(content).__name__}")
     for wrapping in ("state_dict", "model"):
@@ -80,6 +89,7 @@ def load_state(path: str | Path) -> tuple[str, dict[str, Tensor]]:
         key = key.replace("student_encoder.", ENCODER, 1) if key.startswith("student_encoder.") else key
         if not key.endswith("attention_bias_idxs"):                 # an index table, not a weight
             state[key] = value
+    state = expand_state(state)
     return recognise(path, state), state
 
 
@@ -125,7 +135,9 @@ def load_model(weights: str | Path | None = None, decoder_weights: str | Path | 
     ValueError, one line, for anything that does not fit.
     """
     path = resolve(weights)
-    name, state = load_state(path)
+    content = read_torch(path)
+    name, state = unwrap(path, content)
+    files = str(path)
     if decoder_weights is not None:
         decoder_path = resolve(decoder_weights)
         _, decoder = load_state(decoder_path)
@@ -133,11 +145,13 @@ def load_model(weights: str | Path | None = None, decoder_weights: str | Path | 
         if not decoder:
             raise ValueError(f"{decoder_path}: decoder weights: expected a prompt encoder and mask decoder, found an encoder alone")
         state = {key: value for key, value in state.items() if key.startswith(ENCODER)} | decoder
+        files = f"{path} with {decoder_path}"
     elif all(key.startswith(ENCODER) for key in state):
         raise ValueError(f"{path}: holds an image encoder alone; name a file with prompt encoder and mask decoder: "
                          "--decoder-weights FILE (MedSAM's or LiteMedSAM's)")
     model = build_sam(name)
-    load_strictly(model, state, path)
+    load_strictly(model, state, files)
+    model.calibration = content.get("calibration")              # activation ranges of quantize.py, for --precision int8
     return model.eval().to(device)
 
 

@@ -48,6 +48,8 @@ def pair_files(images: Path, masks: Path) -> list[tuple[Path, list[Path]]]:
     image_files, mask_files = list_files(images), list_files(masks)
     if images.is_file() and masks.is_file():
         return [(images, [masks])]
+    if images.resolve() in masks.resolve().parents:
+        image_files = [path for path in image_files if masks.resolve() not in path.resolve().parents]
     if images.resolve() == masks.resolve():
         image_files = [p for p in image_files if not MASK_ENDING.search(stem_of(p))]
         mask_files = [p for p in mask_files if MASK_ENDING.search(stem_of(p))]

@@ -5,6 +5,7 @@ Everything random about a sample follows from (seed, epoch, position in the epoc
 workers or more processes see exactly the samples that an undisturbed single process would have seen.
 """
 import re
+import signal
 import sys
 import zipfile
 from collections import Counter
@@ -17,10 +18,11 @@ import numpy as np
 import torch
 
 from .augment import Objects, draw_augmented
-from .cases import list_cases, modality_of
+from .cases import UNREADABLE, list_cases, modality_of
+from .files import whole_file
 from .geometry import to_network
 from .progress import progress
-from .slices import SliceCache, file_key, save_array  # noqa: F401  (SliceCache: for whoever imports this module)
+from .slices import file_key
 
 LOGITS_SIZE = 256  # side of the mask decoder's output, for every network
 
@@ -58,7 +60,7 @@ def scan_case(path, need_masks=False):
     path = Path(path)
     try:
         headers = read_headers(path)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path}: not a readable NPZ file ({error})") from None
     if "imgs" not in headers:
         raise ValueError(f"{path}: imgs is missing")
@@ -152,14 +154,24 @@ def split_cases(cases, val_fraction, seed):
     return train, val
 
 
-def list_slices(cases, cache, labelled_only, workers=4):
+def list_slices(cases, cache, labelled_only, strict=False, workers=4):
     """[(case index, z)] in order; `labelled_only` leaves out every slice (and 2D image) without a label.
 
-    `labelled_only` opens every volume once and so fills the cache.
+    `labelled_only` opens every volume once and so fills the cache; a case that cannot be read then costs one line on
+    stderr and is left out; with `strict` it raises ValueError.
     """
+    def labelled(case):
+        try:
+            return cache.labelled_slices(case)
+        except ValueError as error:
+            if strict:
+                raise
+            print(error, file=sys.stderr)
+            return []
+
     if labelled_only:
         with ThreadPoolExecutor(workers) as pool:
-            per_case = list(progress(pool.map(cache.labelled_slices, cases), len(cases), "reading labels"))
+            per_case = list(progress(pool.map(labelled, cases), len(cases), "reading labels"))
     else:
         per_case = [range(case.shape[0] if case.is_3d else 1) for case in cases]
     return [(index, z) for index, zs in enumerate(per_case) for z in zs]
@@ -191,9 +203,13 @@ def embedding_path(folder, case, z, flip=(False, False)):
 
 
 def save_embedding(path, embedding):
-    """Write an embedding (256, 64, 64) as float16, atomically (2 MB)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_array(path, np.asarray(torch.as_tensor(embedding).float().cpu(), np.float16))
+    """Write an embedding (256, 64, 64) as float16, atomically (2 MB). ValueError with one line on a full disk."""
+    try:
+        with whole_file(path) as temporary:
+            np.save(temporary, np.asarray(torch.as_tensor(embedding).float().cpu(), np.float16))
+    except OSError as error:
+        raise ValueError(f"{path}: could not be written ({error.strerror or error}); make room, then the same command "
+                         "goes on with the embeddings that are missing (a run that has trained: with --resume)") from None
 
 
 class DistillDataset(torch.utils.data.Dataset):
@@ -211,7 +227,8 @@ class DistillDataset(torch.utils.data.Dataset):
     image needs an embedding of its own. The data set takes whichever is on disk: with only the unflipped one cached
     (2 MB a slice, one teacher forward; recommended) a flipped sample has `has_embedding` False and serves a mask
     loss only; with all four cached (4x) every sample has a target. A rotated sample (augment "full") never has.
-    `plain` is the part of the samples left unaugmented, so that they keep the target of their unflipped embedding.
+    `plain` is the part of the samples left unaugmented, so that they keep the target of their unflipped embedding; so
+    is, with boxes and embeddings, every slice without a label: augmented it would train nothing.
     """
 
     def __init__(self, cases, slices, cache, size, resize, teacher_size=None, teacher_resize="bilinear", flips=False,
@@ -240,6 +257,8 @@ class DistillDataset(torch.utils.data.Dataset):
         image = self.cache.image(case, z)
         labels = self.cache.masks(case, z) if self.objects else None
         mode = "none" if rng.random() < self.plain else self.mode
+        if self.objects and self.embeddings is not None and (labels is None or not labels.any()):
+            mode = "none"
         image, move, objects = draw_augmented(image, labels, rng, mode, max(self.size, self.teacher_size or 0),
                                               self.objects)
         sample = {"image": to_network(image, self.size, self.resize), "flip": torch.tensor(move.flip), **objects}
@@ -341,6 +360,10 @@ class EpochSampler(torch.utils.data.Sampler):
 
 def _quiet_worker(_):
     cv2.setNumThreads(0)
+    # Forked within `Trainer.fit`, a worker has its handlers; and Ctrl-C and `timeout` signal the whole process group.
+    # The trainer alone answers: it still needs its workers until the step is saved, and ends them without a signal.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def make_loader(dataset, sampler, batch_size, workers=0, pin_memory=False):

@@ -290,7 +290,7 @@ def load_nifti(path, axis: str = "axial", window: tuple[float, float] | None = N
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from None
     step = -(-int(np.prod(shape)) // SAMPLE)
-    plain = image.get_data_dtype() == np.uint8 and tuple(image.header.get_slope_inter()) in ((None, None), (1.0, 0.0))
+    plain = image.get_data_dtype() == np.uint8 and (image.dataobj.slope, image.dataobj.inter) == (1, 0)
     if plain and window is None:
         text, convert = "8 bits as they are", np.asarray
     else:

@@ -10,11 +10,12 @@ import cv2
 import numpy as np
 import torch
 
-from .data import EpochSampler, SliceCache, balance_weights, list_slices, scan_cases, split_cases
+from .data import EpochSampler, balance_weights, list_slices, scan_cases, split_cases
 from .parallel import World
+from .slices import SliceCache
 
 
-def add_common_arguments(parser, *, out, lr, weight_decay, batch_size, schedule, schedules):
+def add_common_arguments(parser, *, out, lr, weight_decay, batch_size, schedule, schedules, boxes):
     """Options of both scripts; the keyword arguments are the defaults in which the paper's two tables differ."""
     add = parser.add_argument_group("data").add_argument
     add("--data", default="data/train", metavar="DIR", help="NPZ cases, searched recursively (default: %(default)s)")
@@ -30,6 +31,10 @@ def add_common_arguments(parser, *, out, lr, weight_decay, batch_size, schedule,
     add("--cache-mb", type=int, default=20000, help="size limit of --cache in MiB (default: %(default)s)")
     add("--size", type=int, metavar="PIXELS", help="side of the network's input (default: the network's own); a smaller "
         "multiple of 32 makes cheap early epochs of the EfficientViT networks")
+    add("--boxes", type=int, default=boxes, metavar="N", help="objects drawn per image (default: %(default)s)")
+    add("--box-shift", type=int, default=5, metavar="PIXELS", help="largest outward shift of a box's side (default: 5)")
+    add("--box-jitter", type=float, default=0.0, metavar="PART", help="and shift either way by up to this part of the "
+        "box's side, below 0.5 (default: 0)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--bs", type=int, default=batch_size, help="batch size of each process (default: %(default)s)")
     add("--accumulate", type=int, default=1, metavar="N", help="add the gradients of N batches for one update")
@@ -59,10 +64,13 @@ def add_common_arguments(parser, *, out, lr, weight_decay, batch_size, schedule,
 def start(arguments):
     """Check what is common, fix threads and seed, join the other processes: World. ValueError, one line."""
     for name, low in (("bs", 1), ("accumulate", 1), ("epochs", 1), ("steps", 1), ("samples_per_epoch", 1), ("lr", 0),
-                      ("limit_samples", 1), ("val_limit", 1), ("log_steps", 1), ("workers", 0), ("warmup", 0)):
+                      ("limit_samples", 1), ("val_limit", 1), ("log_steps", 1), ("workers", 0), ("warmup", 0),
+                      ("boxes", 1), ("box_shift", 0)):
         value = getattr(arguments, name)
         if value is not None and value < low:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least {low}, found {value}")
+    if not 0 <= arguments.box_jitter < 0.5:                                    # from there on a box may turn inside out
+        raise ValueError(f"--box-jitter: expected at least 0 and below 0.5, found {arguments.box_jitter}")
     if arguments.warmup and arguments.schedule != "cosine":
         raise ValueError(f"--warmup: needs --schedule cosine, found {arguments.schedule}")
     if not 0 < arguments.val_fraction < 1:
@@ -117,9 +125,18 @@ def quiet(world):
     return nullcontext() if world.first else redirect_stderr(io.StringIO())
 
 
-def slices_of(cases, cache, world, labelled_only):
+def slices_of(arguments, world, cases, cache, labelled_only):
     with world.first_goes_ahead(), quiet(world):
-        return list_slices(cases, cache, labelled_only)
+        return list_slices(cases, cache, labelled_only, arguments.strict)
+
+
+def validation_slices(arguments, world, cases, cache, labelled_only):
+    """At most --val-limit slices, the same in every run. ValueError with one line where there is none."""
+    slices = slices_of(arguments, world, cases, cache, labelled_only)
+    if not slices:
+        raise ValueError(f"{arguments.val or arguments.data}: no validation slice{' with a label' * labelled_only} in "
+                         f"{len(cases)} cases, expected --val or more cases")
+    return draw_slices(cases, slices, arguments.val_limit, seed=0, power=0.5)
 
 
 def draw_slices(cases, slices, count, seed, power=None):
@@ -169,9 +186,12 @@ def run_script(main):
     try:
         status = main()
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        text = str(error)
+        if text.startswith("Caught "):                                         # in a DataLoader's worker: after its traceback
+            text = text.splitlines()[-1].split(": ", 1)[-1]
+        print(text, file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
-        print("stopped at once; the last checkpoint is intact, --resume goes on from it", file=sys.stderr)
+        print("stopped at once; the same command goes on (with --resume if OUT/last.pt exists)", file=sys.stderr)
         status = 130
     sys.exit(status)

@@ -6,7 +6,9 @@ exactly what one process with the whole batch would have computed.
 """
 import atexit
 import os
+import re
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -14,22 +16,30 @@ import torch.nn as nn
 
 
 class World:
-    """This process among `size` of them. `device` "auto": its own GPU, else the CPU; `amp` "auto" or "off"."""
+    """This process among `size` of them. `device` "auto": its own GPU, else the CPU; `amp` "auto" or "off".
+
+    ValueError with one line for a device that is not here.
+    """
 
     def __init__(self, device="auto", amp="auto"):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        gpu = torch.cuda.is_available() if device == "auto" else str(device).startswith("cuda")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ValueError(f"--device: expected auto, cpu, cuda or cuda:N, found {device}")
+        gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
         if gpu and not torch.cuda.is_available():
             raise ValueError(f"--device {device}: no such GPU here, expected cpu")
         if gpu and device in ("auto", "cuda"):
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        if gpu and int(device[len("cuda:"):]) >= torch.cuda.device_count():
+            raise ValueError(f"--device: expected one of the {torch.cuda.device_count()} GPUs here, counted from 0, found {device}")
         self.device = torch.device(device if gpu else "cpu")
         if gpu:
             torch.cuda.set_device(self.device)
         if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if gpu else "gloo")
+            # The others wait while the first one unpacks volumes or the slowest one computes its embeddings.
+            dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=1))
             atexit.register(dist.destroy_process_group)
-        self.bf16 = amp != "off" and (torch.cuda.is_bf16_supported() if gpu else cpu_has_bf16())
+        self.bf16 = amp != "off" and (torch.cuda.is_bf16_supported(including_emulation=False) if gpu else cpu_has_bf16())
 
     @property
     def first(self):

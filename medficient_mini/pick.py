@@ -77,7 +77,7 @@ class Picker:
 
     def key(self, code: int) -> None:
         """A pressed key; those without a meaning change nothing."""
-        letter = chr(code & 0xFF).lower() if code >= 0 else ""
+        letter = chr(code & 0xFF) if code >= 0 else ""            # small letters: the arrow keys come as Q, R, S, T
         if letter == "u" and self.boxes:
             for kept in (self.boxes, self.slices, self.masks):
                 kept.pop()

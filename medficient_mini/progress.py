@@ -17,6 +17,11 @@ class progress:
         self.iterable, self.total, self.label, self.suffix = iterable, total, label, ""
         self.done, self.reported, self.width = 0, None, 0
 
+    def write(self, text: str) -> None:
+        """A line for the user above the progress line."""
+        blank = "\r" + " " * self.width + "\r" if sys.stderr.isatty() else ""
+        sys.stderr.write(f"{blank}{text}\n")
+
     def set(self, text: str) -> None:
         self.suffix = text
 

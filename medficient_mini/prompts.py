@@ -96,7 +96,7 @@ def read_boxes(path: Path) -> dict[str, list[list[float]]]:
         try:
             box = [float(cell) for cell in row[1:]]
         except ValueError:
-            if number == 1:
+            if number == 1 and not any(is_number(cell) for cell in row[1:]):      # a heading
                 continue
             box = []
         if len(box) not in (4, 6) or not row[0]:
@@ -107,6 +107,14 @@ def read_boxes(path: Path) -> dict[str, list[list[float]]]:
     return table
 
 
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def list_user_files(path, prompts: Prompts) -> list[Path]:
     """The pictures and NIfTI files of a folder, or one; only those that the table names, where there is one.
 
@@ -115,7 +123,7 @@ def list_user_files(path, prompts: Prompts) -> list[Path]:
     root, files = Path(path), list_files(path, PICTURES + VOLUMES)
     if not prompts.table:
         return files
-    wanted = {name: [f for f in files if name in _names(f, root)] for name in prompts.table}
+    wanted = {name: [f for f in files if name in _names(f, root, prompts)] for name in prompts.table}
     absent = [name for name, found in wanted.items() if not found]
     if absent:
         raise ValueError(f"{path}: expected the files that --boxes names, found no {', '.join(absent[:3])}"
@@ -123,8 +131,12 @@ def list_user_files(path, prompts: Prompts) -> list[Path]:
     return sorted({f for found in wanted.values() for f in found})
 
 
-def _names(path: Path, root: Path) -> set[str]:
-    return {path.name, path.relative_to(root).as_posix()} if root.is_dir() else {path.name}
+def _names(path: Path, root: Path, prompts: Prompts) -> set[str]:
+    """Names of the table that mean this file: its path below the folder, or its bare name where no file has that path."""
+    if not root.is_dir():
+        return {path.name}
+    below = path.relative_to(root).as_posix()
+    return {below} if below in prompts.table or (root / path.name).is_file() else {below, path.name}
 
 
 def read_user_case(path: Path, root, prompts: Prompts) -> Case:
@@ -133,7 +145,7 @@ def read_user_case(path: Path, root, prompts: Prompts) -> Case:
     In the Case, boxes lie on the slices as they will be shown; points come with at most one box and only in 2D.
     Without any prompt there are no boxes (`--pick` draws them).
     """
-    boxes = [box for name in sorted(_names(path, Path(root))) for box in prompts.table.get(name, [])] or prompts.boxes
+    boxes = [box for name in sorted(_names(path, Path(root), prompts)) for box in prompts.table.get(name, [])] or prompts.boxes
     case = Case(path.name, modality_of(path))
     try:
         (_read_volume if is_nifti(path) else _read_picture)(case, path, boxes, prompts)

@@ -97,7 +97,8 @@ def paired_difference(a: list[dict], b: list[dict], key: str, seed: int = 0) -> 
 def markdown(results: dict[str, list[dict]], published: bool = False, heading: str = "") -> str:
     """summary.md: scores side by side, differences, runtimes. results: name -> rows."""
     scores = [key for key in SCORES if any(row.get(key) is not None for rows in results.values() for row in rows)]
-    parts = [heading, score_table(results, scores or ["dsc", "nsd"], published)]
+    scores = scores or ["dsc", "nsd"]
+    parts = [heading, score_table(results, scores, published)]
     if published:
         parts.append("Published columns: MedficientSAM, Table 4, in percent on the challenge's public validation set: "
                      "other cases than these, and nine modalities, so compare the order of difficulty, not the digits.")
@@ -128,8 +129,8 @@ def score_table(results, scores, published):
             for i, value in enumerate(column[:len(scores) if k < len(found) else 2]):
                 text = "–" if value is None else f"{value:.2f}"
                 cells.append(f"**{text}**" if value is not None and value == best[i] and len(values) > 1 else text)
-        counts = sorted({entry.get("cases", 0) for entry in found})
-        lines.append([PAPER_NAME.get(target, target), "/".join(map(str, counts))] + cells)
+        counts = [str(entry.get("cases", 0)) for entry in found]               # one number where all have as many
+        lines.append([PAPER_NAME.get(target, target), "/".join(counts[:1] if len(set(counts)) == 1 else counts)] + cells)
     return table(header, lines)
 
 
@@ -225,7 +226,7 @@ def read_seconds(folder) -> dict[str, float]:
     with open(path, newline="", encoding="utf-8") as file:
         for number, line in enumerate(csv.reader(file), 1):
             try:
-                if line and number > 1:
+                if line and line[0] != "case":                  # jobs that start together may write the heading twice
                     found[line[0].removesuffix(".npz") + ".npz"] = float(line[1])
             except (ValueError, IndexError):
                 raise ValueError(f"{path}: line {number}: expected case,seconds, found {','.join(line)}") from None

@@ -92,6 +92,8 @@ class Predictor:
         if box is not None:
             boxes = boxes_to_network(np.asarray(box, np.float64).reshape(-1, 4), *frame).to(device)
         if point_coords is not None:
+            if point_labels is None or np.size(point_labels) * 2 != np.size(point_coords):
+                raise ValueError("point_labels: expected one label, 1 or 0, for each point")
             coords = np.asarray(point_coords, np.float64)
             coords = coords[None] if coords.ndim == 2 else coords                           # (N, P, 2)
             labels = torch.as_tensor(np.asarray(point_labels)).reshape(coords.shape[:2])    # (N, P)

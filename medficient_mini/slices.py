@@ -13,14 +13,17 @@ import sys
 import threading
 import time
 import uuid
-import zipfile
 from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from .cases import UNREADABLE
+from .files import whole_file
+
 OPEN_VOLUMES = 200  # each open volume holds two file descriptors; a process may often have only 1024
+HASH_LENGTH = 12    # of a path, in the names of entries
 
 
 def file_key(path):
@@ -32,17 +35,7 @@ def file_key(path):
 
 
 def _path_hash(path):
-    return hashlib.sha1(str(path).encode()).hexdigest()[:12]
-
-
-def save_array(path, array):
-    """np.save through a temporary name in the same folder: a reader sees the whole file or none."""
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}.npy")
-    try:
-        np.save(temporary, array)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return hashlib.sha1(str(path).encode()).hexdigest()[:HASH_LENGTH]
 
 
 def read_arrays(path, names):
@@ -50,7 +43,7 @@ def read_arrays(path, names):
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in names if name in archive.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zipfile.zlib.error) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path}: not a readable NPZ file ({error})") from None
     if arrays.get("gts") is not None:
         gts = arrays["gts"]
@@ -87,6 +80,9 @@ class SliceCache:
         self._open = OrderedDict()    # path -> (imgs, gts or None), memory-mapped
         self._memory = OrderedDict()  # path -> (imgs, gts or None), in memory
         self._keys = {}
+        self._found = {}              # hash of a file's path -> names of the entries that were there at the start
+        for name in os.listdir(self.folder):
+            self._found.setdefault(name[:HASH_LENGTH], []).append(name)
         self._refused = set()         # volumes that did not fit
         self._lock = threading.Lock()
 
@@ -120,12 +116,8 @@ class SliceCache:
         masks = self._arrays(case)[1]
         labelled = [z for z, mask in enumerate(masks if case.is_3d else [masks]) if np.any(mask)]
         self._forget_older(case)
-        temporary = self.folder / f".tmp-{uuid.uuid4().hex}"
-        try:
+        with suppress(OSError), whole_file(path) as temporary:  # a full disk costs speed, not the run
             temporary.write_text(json.dumps(labelled))
-            os.replace(temporary, path)
-        except OSError:  # a full disk costs speed, not the run
-            temporary.unlink(missing_ok=True)
         return labelled
 
     def _key(self, case):
@@ -215,9 +207,9 @@ class SliceCache:
     def _forget_older(self, case):
         """Remove what was derived from an earlier version of the file."""
         key = self._key(case)
-        for old in self.folder.glob(f"{_path_hash(case.path.resolve())}-*"):
-            if old.name not in (key, f"{key}.json"):
-                _remove(old)
+        for name in self._found.pop(key[:HASH_LENGTH], ()):
+            if name not in (key, f"{key}.json"):
+                _remove(self.folder / name)
 
 
 def _nbytes(arrays):

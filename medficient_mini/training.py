@@ -6,8 +6,8 @@ over; `losses(batch)`, those averages; `validate()`, the scores after an epoch. 
 import csv
 import itertools
 import math
-import os
 import platform
+import shlex
 import signal
 import sys
 import time
@@ -20,10 +20,13 @@ import torch
 from .checkpoint import atomic_torch_save, read_torch
 from .data import make_loader
 from .draw import curves
+from .files import whole_file
 from .optim import AdamW, Average, CosineAnnealing, HalveEachEpoch, ReduceLROnPlateau, clip_grad_norm
 from .progress import progress
 
-# What may differ between a run and its continuation; every other option shapes the losses and must stay.
+# What may differ between a run and its continuation; every other option must stay. Not all of these leave the numbers
+# alone: with other --steps or --epochs a cosine ends elsewhere, so that the learning rate jumps; --device and --amp
+# round differently; --val-limit makes scores before and after incomparable.
 FREE = {"resume", "out", "minutes", "steps", "epochs", "workers", "threads", "save_minutes", "log_steps", "device",
         "amp", "cache", "cache_mb", "val_limit", "strict"}
 
@@ -38,7 +41,8 @@ class Trainer:
     network: name in NETWORKS; model: module whose state dict goes into the checkpoint under "model"; sampler, dataset:
     of the training samples; terms: {name: weight} of the loss; count(batch) -> {name: int}; losses(batch) -> {name:
     mean over those items, a tensor}; validate() -> {score: float}, `criterion` = (name of the deciding score, "min" or
-    "max"); frozen: modules that stay in evaluation mode; extra: what else the checkpoint should hold.
+    "max"); frozen: modules that stay in evaluation mode; extra: {name: tensor or number} that the checkpoint also holds
+    (`read_last(out)["extra"]` gives it back).
     """
 
     def __init__(self, arguments, world, *, network, model, dataset, sampler, terms, count, losses, validate,
@@ -156,10 +160,14 @@ class Trainer:
         loss = sum(self.terms[name] * value for name, value in values.items())
         self.lr = self.optimizer.param_groups[0]["lr"]
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            kept = (f"the checkpoint of step {self.saved_step} in {self.arguments.out / 'last.pt'} is intact"
-                    if self.saved_step is not None else "no checkpoint had been written yet")
+            last = self.arguments.out / "last.pt"
+            way_out = "no checkpoint had been written yet; start again with a lower --lr or a --warmup"
+            if self.saved_step is not None:                                    # --resume would refuse another --lr
+                option = "--init" if "init" in self.arguments else "--weights"
+                way_out = (f"the checkpoint of step {self.saved_step} is intact; start from it with {option} {last}, "
+                           "another --out and a lower --lr or a --warmup")
             raise ValueError(f"step {self.state['step'] + 1}: loss {loss}, gradient norm {norm}: training diverged at "
-                             f"learning rate {self.lr:.3g}; {kept}; try a lower --lr or a --warmup")
+                             f"learning rate {self.lr:.3g}; {way_out}")
         self.optimizer.step()
         if self.arguments.schedule == "cosine":
             self.schedule.step()
@@ -248,7 +256,7 @@ class Trainer:
         """last.pt: all that --resume needs; best.pt: the weights alone. Nothing is written where writing fails."""
         own = self.model.state_dict()
         content = {"network": self.network, "model": self.average.weights if self.average else own,
-                   "arguments": plain(vars(self.arguments)), "command": " ".join(sys.argv), "versions": versions(),
+                   "arguments": plain(vars(self.arguments)), "command": shlex.join(sys.argv), "versions": versions(),
                    "state": dict(self.state, running=dict(self.state["running"])), "extra": self.extra}
         if name == "last.pt":
             content |= {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
@@ -264,10 +272,7 @@ class Trainer:
         self.saved_at, self.saved_step = time.monotonic(), self.state["step"]
 
     def _load(self):
-        path = self.arguments.out / "last.pt"
-        saved = read_torch(path)
-        if not isinstance(saved, dict) or "optimizer" not in saved:
-            raise ValueError(f"{path}: --resume: expected a checkpoint of this script with its optimiser")
+        path, saved = self.arguments.out / "last.pt", read_last(self.arguments.out)
         if saved["network"] != self.network:
             raise ValueError(f"{path}: --resume: holds {saved['network']}, this run trains {self.network}")
         now = plain(vars(self.arguments))
@@ -288,6 +293,14 @@ class Trainer:
         self.say(f"resuming at step {self.state['step']} of {self.steps}")
 
 
+def read_last(out):
+    """Content of the last.pt in the folder of a run (Path). ValueError for a file without what --resume needs."""
+    saved = read_torch(out / "last.pt")
+    if not isinstance(saved, dict) or "optimizer" not in saved:
+        raise ValueError(f"{out / 'last.pt'}: --resume: expected a checkpoint of this script with its optimiser")
+    return saved
+
+
 class Log:
     """log.csv and curves.png of a run; `rows` rows of an earlier start are kept."""
 
@@ -298,15 +311,20 @@ class Log:
                 self.rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)][:rows]
 
     def write(self, row):
-        """Append; the file is written whole each time (columns may be new, and a row must never be half there)."""
+        """Append; the file is written whole each time (columns may be new, and a row must never be half there).
+
+        ValueError with one line on a full disk.
+        """
         self.rows.append({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        temporary = self.csv.with_name(".log.csv")
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, columns, restval="")
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(temporary, self.csv)
+        try:
+            with whole_file(self.csv) as temporary, open(temporary, "w", newline="") as file:
+                writer = csv.DictWriter(file, columns, restval="")
+                writer.writeheader()
+                writer.writerows(self.rows)
+        except OSError as error:
+            raise ValueError(f"{self.csv}: could not be written ({error.strerror or error}); make room, then --resume "
+                             "goes on from the last checkpoint") from None
 
     def draw(self, columns):
         xs = [float(row["step"]) for row in self.rows]

@@ -12,9 +12,10 @@ import torch
 
 from medficient_mini import data
 from medficient_mini.augment import Move, augment, loose_box, mask_to_network
-from medficient_mini.data import (DistillDataset, EpochSampler, FinetuneDataset, SliceCache, balance_weights,
-                                  embedding_path, list_slices, make_loader, save_embedding, scan_cases, split_cases)
+from medficient_mini.data import (DistillDataset, EpochSampler, FinetuneDataset, balance_weights, embedding_path,
+                                  list_slices, make_loader, save_embedding, scan_cases, split_cases)
 from medficient_mini.geometry import box_of_mask, boxes_to_network, to_network
+from medficient_mini.slices import SliceCache
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -84,8 +85,12 @@ def test_scan_skips_truncated_and_alien_files(folder, capsys):
     whole = (folder / "3D_CT_c_1.npz").read_bytes()
     (folder / "3D_CT_half.npz").write_bytes(whole[:len(whole) // 2])
     (folder / "text.npz").write_text("not a zip file")
+    raw = bytearray((folder / "2D_US_a_1.npz").read_bytes())
+    start = 30 + int.from_bytes(raw[26:28], "little") + int.from_bytes(raw[28:30], "little")  # behind the first zip header
+    raw[start:start + 8] = b"\xff" * 8
+    (folder / "2D_US_zlib.npz").write_bytes(raw)
     assert len(scan_cases(folder)) == 4
-    assert capsys.readouterr().err.count("not a readable NPZ") == 2
+    assert capsys.readouterr().err.count("not a readable NPZ") == 3
 
 
 @pytest.mark.parametrize("name, shape, masks, is_3d", [
@@ -235,7 +240,7 @@ def test_cache_goes_to_a_worker_without_its_volumes(folder, cache):
     assert len(sent) < 2000 and np.array_equal(pickle.loads(sent).image(case, 1), cache.image(case, 1))
 
 
-def test_damaged_array_is_one_line(folder, cache):
+def test_damaged_array_is_one_line(folder, cache, capsys):
     path = folder / "2D_US_a_1.npz"
     raw = bytearray(path.read_bytes())
     raw[3000:3100] = bytes(100)  # within imgs, behind its header
@@ -243,6 +248,11 @@ def test_damaged_array_is_one_line(folder, cache):
     with pytest.raises(ValueError, match="2D_US_a_1.npz: not a readable NPZ") as caught:
         cache.image(data.scan_case(path))
     assert "\n" not in str(caught.value)
+    cases = [data.scan_case(path), data.scan_case(folder / "3D_CT_c_1.npz")]
+    assert list_slices(cases, cache, labelled_only=True) == [(1, 1), (1, 2), (1, 3)]
+    assert capsys.readouterr().err.count("2D_US_a_1.npz: not a readable NPZ") == 1
+    with pytest.raises(ValueError, match="2D_US_a_1.npz"):
+        list_slices(cases, cache, labelled_only=True, strict=True)
 
 
 def test_slices_with_and_without_labels(folder, cache):
@@ -453,6 +463,29 @@ def test_distill_takes_the_embeddings_that_are_cached(folder, cache, tmp_path):
     still = DistillDataset(cases, [(0, 0)], cache, 64, "bilinear", embeddings=store)
     with pytest.raises(ValueError, match="0.npy: not a readable embedding"):
         still.sample(0, 0, 0)
+
+
+def test_distill_keeps_the_target_of_slices_without_labels(folder, cache, tmp_path):
+    """Beside a mask loss only unflipped embeddings are kept, and without a label there is no mask to learn either."""
+    cases = scan_cases(folder)
+    index = {case.name: i for i, case in enumerate(cases)}
+    slices = [(index[name], 0) for name in ("2DBox_OCT_b_1", "2D_US_d_1", "2D_US_a_1")]
+    for i, z in slices:
+        save_embedding(embedding_path(tmp_path, cases[i], z), torch.ones(256, 64, 64))
+    dataset = DistillDataset(cases, slices, cache, 64, "bilinear", augment="full", max_boxes=1, embeddings=tmp_path)
+    has = [[bool(dataset.sample(0, p, k)["has_embedding"]) for p in range(12)] for k in range(3)]
+    assert all(has[0]) and all(has[1]) and not all(has[2])
+
+
+def test_embedding_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(path, array):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(ValueError, match="0.npy: could not be written .No space left on device"):
+        save_embedding(tmp_path / "case" / "0.npy", torch.zeros(256, 64, 64))
+    assert not list((tmp_path / "case").iterdir())
 
 
 def test_distill_objects_and_unlabelled_slices(folder, cache):

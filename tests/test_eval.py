@@ -193,6 +193,13 @@ def test_only_shared_cases_are_compared():
     assert report.paired_difference(a, b, "dsc")[:2] == (1, pytest.approx(0.1))
     assert report.paired_difference(a, [], "dsc")[0] == 0
     assert "| b − a | 0 | – | – |" in report.markdown({"a": a, "b": []})
+    assert "| CT | 3/2 |" in report.markdown({"a": a, "b": b}) and "| CT | 2/3 |" in report.markdown({"b": b, "a": a})
+
+
+@pytest.mark.parametrize("rows", [[], rows_of([None, None])])
+def test_tables_without_any_score(rows):
+    text = report.markdown({"a": rows, "b": rows})
+    assert "| average over cases | 0 | – | – | – | – |" in text and "| b − a | 0 | – | – |" in text
 
 
 def test_published_columns_agree_with_their_averages():

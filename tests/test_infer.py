@@ -1,13 +1,17 @@
 """`infer.py` as a user runs it: on demo cases, with deterministic weights in a file of the test's own."""
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import infer as script
 from medficient_mini.nets.sam import build_sam
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,3 +109,73 @@ def test_an_output_that_is_a_file_and_neither_torchvision_nor_scipy_imported(cas
             "print([m for m in ('torchvision', 'scipy') if m in sys.modules])")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert run.stdout.strip() == "[]", run.stderr
+
+
+def inside(monkeypatch, *arguments):
+    """infer.py in this process, which spares the seconds of importing torch."""
+    monkeypatch.setattr(sys, "argv", ["infer.py", *map(str, arguments)])
+    return script.main()
+
+
+@pytest.mark.parametrize("name", ["medficientsam_l1", "medficientsam_l2", "medsam_vit_b", "lite_medsam"])
+def test_every_network_takes_images_and_volumes(tmp_path, monkeypatch, name):
+    torch.manual_seed(0)
+    torch.save(build_sam(name).state_dict(), tmp_path / "w.pth")
+    rng = np.random.default_rng(0)
+    image, volume = rng.integers(0, 255, (40, 60, 3), dtype=np.uint8), rng.integers(0, 255, (2, 30, 20), dtype=np.uint8)
+    (tmp_path / "in").mkdir()
+    np.savez(tmp_path / "in" / "2D_US_a.npz", imgs=image, boxes=np.array([[5, 5, 30, 30]], np.uint8))
+    np.savez(tmp_path / "in" / "3DBox_CT_b.npz", imgs=volume, boxes=np.array([[2, 3, 0, 15, 25, 1]]))
+    assert inside(monkeypatch, "-i", tmp_path / "in", "-o", tmp_path / "out", "--weights", tmp_path / "w.pth") == 0
+    assert segs(tmp_path / "out" / "2D_US_a.npz").shape == (40, 60)
+    assert segs(tmp_path / "out" / "3DBox_CT_b.npz").shape == (2, 30, 20)
+
+
+def test_a_bare_encoder_with_a_decoder_from_another_file(tmp_path, monkeypatch, weights):
+    state = torch.load(weights, weights_only=True)
+    encoder = {key: value for key, value in state.items() if key.startswith("image_encoder.")}
+    torch.save({"network": "medficientsam_l0", "model": encoder}, tmp_path / "distilled.pt")
+    case = DEMO / "2D_US_demo.npz"
+    for out, words in (("a", ["--weights", weights]), ("b", ["--weights", tmp_path / "distilled.pt", "--decoder-weights", weights])):
+        assert inside(monkeypatch, "-i", case, "-o", tmp_path / out, *words) == 0
+    assert (segs(tmp_path / "a" / case.name) == segs(tmp_path / "b" / case.name)).all()
+
+
+def test_half_open_boxes_ranks_and_overwriting(cases, tmp_path, monkeypatch, weights):
+    out, volume = tmp_path / "out", cases / "3D_CT_short.npz"
+    common = ["-o", out, "--weights", weights]
+    monkeypatch.setattr(script, "segment_volume", lambda model, volume, boxes, *rest: seen.append(boxes[:, 5].tolist())
+                        or np.zeros(volume.shape, np.uint8))
+    seen = []
+    assert inside(monkeypatch, "-i", volume, *common) == 0
+    assert inside(monkeypatch, "-i", volume, *common) == 0                   # finished: skipped
+    assert inside(monkeypatch, "-i", volume, *common, "--overwrite", "--z-exclusive") == 0
+    assert seen == [[3, 4, 2], [2, 3, 2]]
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert inside(monkeypatch, "-i", cases, "-o", tmp_path / "rank", "--weights", weights) == 0
+    assert [p.name for p in (tmp_path / "rank").glob("*.npz")] == ["2D_US_demo.npz"]
+
+
+def test_outputs_never_become_inputs_nor_replace_them(cases, tmp_path, monkeypatch, weights, capsys):
+    assert inside(monkeypatch, "-i", cases, "-o", cases, "--weights", weights) == 1
+    assert "another folder" in capsys.readouterr().err
+    assert inside(monkeypatch, "-i", cases / "2D_US_demo.npz", "-o", cases / "out", "--weights", weights) == 0
+    assert inside(monkeypatch, "-i", cases / "2D_US_demo.npz", "-o", cases.parent, "--weights", weights) == 0
+    assert "1 segmented" in capsys.readouterr().out.splitlines()[-1]
+    for arguments in (["--device", "nonsense"], ["--threads", "-1"]):
+        assert inside(monkeypatch, "-i", cases, "-o", tmp_path / "x", "--weights", weights, *arguments) == 1
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_a_killed_run_leaves_whole_files(cases, weights, tmp_path):
+    out = tmp_path / "out"
+    run = subprocess.Popen([sys.executable, ROOT / "infer.py", "-i", cases, "-o", out, "--weights", weights],
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while run.poll() is None and not list(out.glob("*.npz")) and time.time() < deadline:
+        time.sleep(0.02)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    found = [path for path in out.glob("*.npz") if not path.name.startswith(".")]
+    assert found and all(segs(path).ndim in (2, 3) for path in found)

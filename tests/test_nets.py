@@ -10,7 +10,7 @@ import torch
 from medficient_mini.nets.sam import NETWORKS, build_sam
 
 PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity"
-pytestmark = pytest.mark.skipif(not PARITY.is_dir(), reason=f"recorded outputs absent: {PARITY}")
+recorded = pytest.mark.skipif(not PARITY.is_dir(), reason=f"recorded outputs absent: {PARITY}")
 
 PARAMETERS = {"medficientsam_l0": 34.79, "medficientsam_l1": 47.65, "medficientsam_l2": 61.33,
               "medsam_vit_b": 93.74, "lite_medsam": 9.79}                     # millions, papers' tables
@@ -32,13 +32,19 @@ def compare(actual: torch.Tensor, index, value, tolerance):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+def test_size(name):
+    with torch.device("meta"):
+        assert round(sum(p.numel() for p in build_sam(name).parameters()) / 1e6, 2) == PARAMETERS[name]
+
+
+@recorded
+@pytest.mark.parametrize("name", NETWORKS)
 @torch.inference_mode()
 def test_parity(name):
     record = np.load(PARITY / f"{name}.npz")
     seed, size = int(record["seed"]), int(record["size"])
     model = deterministic_sam(name, seed)
     assert size == model.image_size
-    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == PARAMETERS[name]
     import inputs
     embedding = model.image_encoder(inputs.image(seed, size))
     assert embedding.shape == (1, 256, 64, 64)
@@ -61,6 +67,7 @@ def test_parity(name):
         assert np.abs(positive - record[f"{case}_positive"]).max() <= 2      # a logit within rounding of 0 may flip
 
 
+@recorded
 @torch.inference_mode()
 def test_prompts_of_several_images_in_one_batch():
     model = deterministic_sam("lite_medsam", 3)
@@ -85,3 +92,11 @@ def test_linear_attention_equals_its_definition():
     weight = torch.relu(q[0, 0]).T @ torch.relu(k[0, 0])                     # (query, key)
     expected = v[0, 0] @ (weight / weight.sum(1, keepdim=True)).T
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_linear_attention_accumulates_in_float32():
+    from medficient_mini.nets.efficientvit import LiteMLA
+    qkv = torch.rand(1, 1, 96, 4096, generator=torch.Generator().manual_seed(2)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = LiteMLA.attend(qkv)
+    assert found.dtype == torch.float32 and torch.equal(found, LiteMLA.attend(qkv.float()))

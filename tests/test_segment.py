@@ -74,16 +74,22 @@ def drifting_volume():
     return np.stack([squares((128, 128), [(40, 80, 20 + 4 * z, 60 + 4 * z)]) for z in range(12)])
 
 
+class LooseSam(BrightSam):
+    """Sees the object up to 5 pixels of the 128 beyond its box, as a network does."""
+
+    def decode(self, embedding, boxes, **options):
+        return super().decode(embedding, boxes + 20 * torch.tensor([-1, -1, 1, 1]), **options)
+
+
 def test_propagation_follows_from_the_middle_slice_both_ways_and_stops_at_the_range():
     volume = drifting_volume()
-    box = np.array([[30., 36, 2, 100, 84, 9]])                               # middle slice 5
-    segs = segment_volume(BrightSam(), volume, box)
+    box = np.array([[38., 36, 2, 82, 84, 9]])                                # round the square of the middle slice, 5
+    segs = segment_volume(LooseSam(), volume, box)
     assert segs.shape == volume.shape and segs.dtype == np.uint8
     assert not segs[:2].any() and not segs[10:].any()
     for z in range(2, 10):
-        overlap = ((segs[z] == 1) & (volume[z] > 0)).sum() / (volume[z] > 0).sum()
-        expected = np.clip((100 - (20 + 4 * z)) / 40, 0, 1) if z == 5 else None
-        assert overlap > 0.3 and (expected is None or abs(overlap - expected) < 0.1)
+        assert ((segs[z] == 1) & (volume[z] > 0)).sum() / (volume[z] > 0).sum() > 0.9
+    assert segs[9, :, 84:].any() and segs[2, :, :36].any()                   # where the given box does not reach
 
 
 def test_an_empty_mask_falls_back_to_the_given_box():

@@ -178,12 +178,12 @@ def test_a_box_on_one_slice_with_a_range(tmp_path, run, exact_volumes):
     nib = pytest.importorskip("nibabel")
     data = np.full((40, 50, 12), 255, np.uint8)
     nib.save(nib.Nifti1Image(data, np.diag([-1.0, -1, -2, 1])), tmp_path / "v.nii")          # slices run downward
-    run("-i", tmp_path / "v.nii", "-o", tmp_path, "--box", 5, 17, 21, 43, "--z", 2, 9, "--slice", 3)
-    mask = np.asarray(nib.load(tmp_path / "v_mask.nii.gz").dataobj)
+    run("-i", tmp_path / "v.nii", "-o", tmp_path / "out", "--box", 5, 17, 21, 43, "--z", 2, 9, "--slice", 3)
+    mask = np.asarray(nib.load(tmp_path / "out" / "v_mask.nii.gz").dataobj)
     expected = np.zeros_like(mask)
     expected[5:22, 17:44, 2:10] = 1
     assert (mask == expected).all() and exact_volumes == [[11 - 3]]
-    assert cv2.imread(str(tmp_path / "v_overlay.png")) is not None
+    assert cv2.imread(str(tmp_path / "out" / "v_overlay.png")) is not None
 
 
 def test_a_volume_through_the_network(tmp_path, run):
