@@ -14,6 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cv2
 import torch
 
 from medficient_mini.cases import list_cases, read_case, write_segs
@@ -108,7 +109,12 @@ def draw(case, segs):
 def load(arguments):
     """The network in its form for inference: the fast one on a CPU."""
     model = load_model(arguments.weights, arguments.decoder_weights, arguments.device)
-    return to_fast(model, resolve_precision(arguments.precision)) if arguments.device == "cpu" else model
+    if arguments.device != "cpu":
+        return model
+    precision = resolve_precision(arguments.precision)
+    if arguments.precision == "auto" and precision == "f32" and model.calibration:
+        print("precision f32, as this CPU has no bf16; these weights also serve --precision int8, which is faster")
+    return to_fast(model, precision)
 
 
 def note_seconds(folder: Path, name: str, seconds: float) -> None:
@@ -212,6 +218,7 @@ def main() -> int:
     try:
         if arguments.threads is not None:
             torch.set_num_threads(arguments.threads)
+            cv2.setNumThreads(arguments.threads)
         return 1 if run(arguments) else 0
     except (ValueError, OSError, RuntimeError) as error:        # RuntimeError: a device that is not there
         print(first_line(error), file=sys.stderr)

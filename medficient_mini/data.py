@@ -4,6 +4,7 @@ A case is one NPZ file (`imgs`, optionally `gts`); a slice is (index of the case
 Everything random about a sample follows from (seed, epoch, position in the epoch), so that a resumed run, more
 workers or more processes see exactly the samples that an undisturbed single process would have seen.
 """
+import os
 import re
 import signal
 import sys
@@ -360,10 +361,10 @@ class EpochSampler(torch.utils.data.Sampler):
 
 def _quiet_worker(_):
     cv2.setNumThreads(0)
-    # Forked within `Trainer.fit`, a worker has its handlers; and Ctrl-C and `timeout` signal the whole process group.
-    # The trainer alone answers: it still needs its workers until the step is saved, and ends them without a signal.
+    # Ctrl-C and `timeout` signal a whole process group: the trainer alone answers, it needs its workers to the end of
+    # the step. Ignored is what of its handlers a fork leaves in force: for SIGTERM torch gives a worker its own.
+    os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def make_loader(dataset, sampler, batch_size, workers=0, pin_memory=False):

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from .cases import list_cases, modality_of, read_case
-from .checkpoint import ENCODER, atomic_torch_save, load_state, load_strictly
+from .checkpoint import atomic_torch_save, load_model
 from .fast_int8 import LOWEST, gelu, quantized_blocks, step_and_zero
 from .geometry import to_network
 from .nets.efficientvit import EfficientViTSam
-from .nets.sam import NETWORKS, build_sam
 from .progress import progress
 from .storage import pack_state
 
@@ -118,16 +117,12 @@ def network_input(path: Path, size: int) -> Tensor:
 
 
 def run(arguments) -> None:
-    name, state = load_state(arguments.weights)
-    if not name.startswith("medficientsam"):
-        raise ValueError(f"{arguments.weights}: 8 bits: expected an EfficientViT network, found {name}")
-    encoder = build_sam(name).image_encoder.eval()
-    load_strictly(encoder, {key.removeprefix(ENCODER): value for key, value in state.items() if key.startswith(ENCODER)},
-                  arguments.weights)
-    size = NETWORKS[name].image_size
-    inputs = [network_input(path, size) for path in choose_cases(arguments.input, arguments.count)]
-    atomic_torch_save({"network": name, "model": pack_state(state), "calibration": calibrate(encoder, inputs)},
-                      arguments.output)
+    model = load_model(arguments.weights, arguments.decoder_weights)
+    if not isinstance(model.image_encoder, EfficientViTSam):
+        raise ValueError(f"{arguments.weights}: 8 bits: expected an EfficientViT network, found {model.name}")
+    inputs = [network_input(path, model.image_size) for path in choose_cases(arguments.input, arguments.count)]
+    atomic_torch_save({"network": model.name, "model": pack_state(model.state_dict()),
+                       "calibration": calibrate(model.image_encoder, inputs)}, arguments.output)
     before, after = (Path(path).stat().st_size / 1e6 for path in (arguments.weights, arguments.output))
     print(f"{arguments.output}: {after:.1f} MB (from {before:.1f} MB), ranges of {len(inputs)} images")
 
@@ -135,6 +130,7 @@ def run(arguments) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-w", "--weights", required=True, help="checkpoint of an EfficientViT network")
+    parser.add_argument("--decoder-weights", help="checkpoint whose prompt encoder and mask decoder complete a bare encoder")
     parser.add_argument("-i", "--input", required=True, help="folder of NPZ cases to calibrate on")
     parser.add_argument("-o", "--output", required=True, type=Path, help="file to write")
     parser.add_argument("--count", type=int, default=44, help="images to calibrate on")

@@ -99,7 +99,7 @@ def test_distill_then_finetune_then_load(shallow, bench, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train_distill, "statistics_of", lambda _: pytest.fail("the checkpoint holds the teacher's statistics"))
         assert call(monkeypatch, train_distill, *options, "--steps", 2, "--resume") == 0
-    assert np.allclose(np.load(lost), embedding, atol=0.01) and embedding.std() > 0.1
+    assert np.allclose(np.load(lost), embedding, atol=0.01) and np.ptp(embedding) > 1
     assert [path.stat().st_mtime_ns for path in others] == written
     assert read_torch(tmp_path / "distill" / "last.pt")["extra"]["teacher_variance"].shape == (256,)
     rows = list(csv.DictReader(open(tmp_path / "distill" / "log.csv")))
