@@ -169,13 +169,14 @@ def test_outputs_never_become_inputs_nor_replace_them(cases, tmp_path, monkeypat
 
 
 def test_a_killed_run_leaves_whole_files(cases, weights, tmp_path):
-    out = tmp_path / "out"
-    run = subprocess.Popen([sys.executable, ROOT / "infer.py", "-i", cases, "-o", out, "--weights", weights],
+    def finished():
+        return [path for path in (tmp_path / "out").glob("*.npz") if not path.name.startswith(".")]
+
+    run = subprocess.Popen([sys.executable, ROOT / "infer.py", "-i", cases, "-o", tmp_path / "out", "--weights", weights],
                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
-    while run.poll() is None and not list(out.glob("*.npz")) and time.time() < deadline:
+    while run.poll() is None and not finished() and time.time() < deadline:
         time.sleep(0.02)
     os.kill(run.pid, signal.SIGKILL)
     run.wait()
-    found = [path for path in out.glob("*.npz") if not path.name.startswith(".")]
-    assert found and all(segs(path).ndim in (2, 3) for path in found)
+    assert finished() and all(segs(path).ndim in (2, 3) for path in finished())
