@@ -183,8 +183,10 @@ def run(arguments) -> int:
                 if segs is None:
                     break
                 if prompts.given and not segs.any():
-                    hint = " (most medical weights are trained on boxes, not points)" * (case.points is not None)
-                    bar.write(f"{case.name}: nothing found{hint}")
+                    bar.write(f"{case.name}: nothing found")
+                if case.points is not None and not len(case.boxes):
+                    bar.write(f"{case.name}: points without a box: weights trained on boxes alone, such as the default "
+                              "ones and LiteMedSAM's, answer them badly; look at the overlay, or give a --box")
                 written.append((path, writer.submit(write, case, segs, time.perf_counter() - began)))
             except (ValueError, OSError, MemoryError, RuntimeError) as error:      # torch: out of memory is a RuntimeError
                 complain(path, error)
