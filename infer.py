@@ -17,7 +17,7 @@ from pathlib import Path
 import cv2
 import torch
 
-from medficient_mini.cases import list_cases, read_case, write_segs
+from medficient_mini.cases import first_line, list_cases, read_case, write_segs
 from medficient_mini.checkpoint import load_model
 from medficient_mini.draw import contact_sheet, overlay, save_png
 from medficient_mini.fast import PRECISIONS, resolve_precision, to_fast
@@ -209,10 +209,6 @@ def ahead(executor, function, items):
         previous = current
     if previous:
         yield previous
-
-
-def first_line(error) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def main() -> int:

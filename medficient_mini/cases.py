@@ -103,6 +103,11 @@ def read_case(path, need_boxes: bool = True, need_gts: bool = False, z_exclusive
         raise ValueError(f"{path.name}: file: expected a whole NPZ archive, found it unreadable ({reason})") from None
 
 
+def first_line(error) -> str:
+    """The first line of an error's message, its type where it has none: what a user is shown."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class _Wrong(ValueError):
     """"<field>: expected …, found …", before the file name is put in front."""
 
@@ -157,8 +162,7 @@ def _read_header(stream, name: str) -> Header:
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream)
     except Exception as error:       # numpy evaluates the header, and damage there raises whatever it happens to hit
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise _Wrong(f"{name}: expected an array, found a damaged header ({reason})") from None
+        raise _Wrong(f"{name}: expected an array, found a damaged header ({first_line(error)})") from None
     if dtype.hasobject:
         raise _Wrong(f"{name}: expected numbers, found Python objects, which are never loaded")
     if any(not isinstance(n, int) or n < 0 for n in shape):

@@ -13,6 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from .cases import first_line
 from .files import whole_file
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
@@ -245,7 +246,7 @@ def _open_nifti(path: Path):
         image = nibabel.load(path, keep_file_open=True)
     except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError,
             nibabel.spatialimages.HeaderDataError) as error:
-        raise ValueError(f"{path.name}: file: expected a NIfTI volume, found it unreadable ({_one_line(error)})") from None
+        raise ValueError(f"{path.name}: file: expected a NIfTI volume, found it unreadable ({first_line(error)})") from None
     shape = image.shape
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
@@ -270,11 +271,7 @@ def _slabs(path: Path, image, shape):
             index = (slice(None),) * 2 if whole else (slice(None), slice(None), k) + (0,) * (image.ndim - 3)
             yield k, np.asarray(image.dataobj[index])
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise ValueError(f"{path.name}: file: expected {shape} voxels, found it damaged ({_one_line(error)})") from None
-
-
-def _one_line(error) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path.name}: file: expected {shape} voxels, found it damaged ({first_line(error)})") from None
 
 
 def load_nifti(path, axis: str = "axial", window: tuple[float, float] | None = None) -> tuple[np.ndarray, Grid, str]:

@@ -8,17 +8,9 @@ from medficient_mini.fast_decoder import FastDecoder
 from medficient_mini.nets.efficientvit import LiteMLA
 from medficient_mini.nets.sam import build_sam
 
-pytestmark = pytest.mark.skipif(fast.missing_operator("f32") is not None, reason="this torch lacks the oneDNN operators")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(
+    fast.missing_operator("f32") is not None, reason="this torch lacks the oneDNN operators")]
 needs_bf16 = pytest.mark.skipif(fast.missing_operator("bf16") is not None or not fast.native_bf16(), reason="no native bf16")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other on a busy machine would be most of this file's time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def lively(name: str):

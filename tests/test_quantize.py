@@ -21,12 +21,7 @@ from medficient_mini.storage import expand_state, pack_state, quantize_rows
 needs_int8 = pytest.mark.skipif(fast.missing_operator("int8") is not None, reason="no 8-bit operators here")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
