@@ -27,7 +27,7 @@ from medficient_mini.progress import progress
 from medficient_mini.prompts import (add_prompt_options, draw_points, list_user_files, prompts_of, read_user_case,
                                      segment_points, write_user_case)
 from medficient_mini.segment import segment_image
-from medficient_mini.volume import segment_volume
+from medficient_mini.volume import OVERLAPS, PROPAGATIONS, segment_volume
 
 
 def parse_arguments():
@@ -43,7 +43,11 @@ def parse_arguments():
     parser.add_argument("--overlay", type=Path, metavar="DIR", help="also write a picture of each case there")
     parser.add_argument("--overwrite", action="store_true", help="compute finished cases again")
     parser.add_argument("--part", metavar="K/N", help="every N-th case from the K-th (torchrun: taken from its rank)")
-    parser.add_argument("--cache-mb", type=float, default=1024, help="embeddings kept of a volume, in MB")
+    parser.add_argument("--propagation", choices=PROPAGATIONS, default="sections", help="volumes: prompt every slice "
+                        "with a section of the given box (default), or the middle one and follow the masks as published")
+    parser.add_argument("--overlap", choices=OVERLAPS, default="higher", help="volumes: a voxel claimed by several boxes "
+                        "goes to the higher logit (default), or to the later box as published")
+    parser.add_argument("--cache-mb", type=float, default=1024, help="embeddings kept by --propagation published, in MB")
     parser.add_argument("--z-exclusive", action="store_true",
                         help="z_max of a volume's box is the slice after the last (the MedficientSAM authors' reading)")
     add_prompt_options(parser)
@@ -90,12 +94,16 @@ def list_inputs(arguments, prompts) -> list[Path]:
 def segment(model, case, arguments):
     """Labels of one case; None where the user left the window of --pick."""
     if arguments.pick:
-        return pick(model, case, arguments.cache_mb)
+        return pick(model, case, **volume_options(arguments))
     if case.points is not None:
         return segment_points(model, case)
     if case.is_3d:
-        return segment_volume(model, case.volume, case.boxes, arguments.cache_mb, case.start)
+        return segment_volume(model, case.volume, case.boxes, case.start, **volume_options(arguments))
     return segment_image(model, case.image, case.boxes)
+
+
+def volume_options(arguments):
+    return dict(propagation=arguments.propagation, overlap=arguments.overlap, cache_mb=arguments.cache_mb)
 
 
 def draw(case, segs):

@@ -56,6 +56,13 @@ def enlargement(length: int, scaled: int, size: int) -> Tensor:
     return F.interpolate(steps, length, mode="linear", align_corners=False)[0].T.contiguous()
 
 
+def enlarged_logits(logits: Tensor, height: int, width: int, size: int, region: tuple[slice, slice]) -> np.ndarray:
+    """One object's logits (256, 256) -> float32 logits of the pixels of `region` (rows, columns) of the image."""
+    new_height, new_width = scaled_size(height, width, size)
+    rows, columns = enlargement(height, new_height, size)[region[0]], enlargement(width, new_width, size)[region[1]]
+    return (rows @ logits.float().cpu() @ columns.T).numpy()
+
+
 def logits_to_mask(logits: Tensor, height: int, width: int, size: int) -> np.ndarray:
     """(N, 256, 256) logits -> (N, height, width) bool: inside where the enlarged logit is above 0.
 

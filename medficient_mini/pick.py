@@ -119,13 +119,13 @@ class Picker:
         canvas[picture.shape[0]:] = strip
         return canvas
 
-    def finish(self, cache_mb: float = 1024) -> np.ndarray:
-        """Labels (H, W) or (D, H, W); the boxes drawn go into the case."""
+    def finish(self, **options) -> np.ndarray:
+        """Labels (H, W) or (D, H, W); the boxes drawn go into the case. options: of `segment_volume`."""
         boxes, slices = np.array(self.boxes, np.float64).reshape(-1, 4), np.array(self.slices, int).reshape(-1, 3)
         if self.case.is_3d:
             self.case.boxes = np.hstack([boxes[:, :2], slices[:, :1], boxes[:, 2:], slices[:, 2:]])
             self.case.start = slices[:, 1]
-            return segment_volume(self.model, self.case.volume, self.case.boxes, cache_mb, self.case.start)
+            return segment_volume(self.model, self.case.volume, self.case.boxes, self.case.start, **options)
         self.case.boxes = boxes
         segs = np.zeros((self.height, self.width), label_dtype(len(boxes)))
         for label, mask in enumerate(self.masks, 1):
@@ -148,7 +148,7 @@ def require_display() -> None:
     raise ValueError(f"--pick: expected a screen for its window, {reason}")
 
 
-def pick(model, case: Case, cache_mb: float = 1024) -> np.ndarray | None:
+def pick(model, case: Case, **options) -> np.ndarray | None:
     """Show a case and let the user draw boxes until "save" or "quit".
 
     Returns labels (H, W) or (D, H, W) and leaves the boxes in case.boxes; None where the user quit. Call
@@ -169,4 +169,4 @@ def pick(model, case: Case, cache_mb: float = 1024) -> np.ndarray | None:
     finally:
         cv2.destroyAllWindows()
         cv2.waitKey(1)
-    return picker.finish(cache_mb) if picker.done == "save" else None
+    return picker.finish(**options) if picker.done == "save" else None

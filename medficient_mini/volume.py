@@ -1,13 +1,70 @@
-"""Volumes: boxes (N, 6) -> masks, slice by slice from the middle of each box outward."""
+"""Volumes: boxes (N, 6) -> masks, slice by slice. `segment_volume` is the way in.
+
+The default prompts each slice anew, the published propagation (`propagate`) only the middle one.
+"""
 import numpy as np
 import torch
 from torch import Tensor
 
-from .geometry import box_of_mask, boxes_to_network, logits_to_mask, scaled_size
+from .geometry import box_of_mask, boxes_to_network, enlarged_logits, logits_to_mask, scaled_size
 from .segment import decode_boxes, encode, label_dtype
 
+PROPAGATIONS = ("sections", "published")
+OVERLAPS = ("higher", "later")
 LITE_MEDSAM_LOOSENED = 3             # network pixels, LiteMedSAM's inference script
 
+
+def segment_volume(model, volume: np.ndarray, boxes: np.ndarray, start: np.ndarray | None = None,
+                   propagation: str = "sections", overlap: str = "higher", cache_mb: float = 1024) -> np.ndarray:
+    """uint8 (D, H, W[, 3]) and boxes (N, 6) x0 y0 z0 x1 y1 z1, all inclusive -> labels (D, H, W) uint8 or uint16.
+
+    propagation "sections": a person's box bounds the object in every slice, and an object narrows towards its ends.
+    So each slice is prompted with `section_boxes`, midway between the given box and the cross-section of the
+    ellipsoid in it, and its mask is clipped to the given box. No slice depends on another: nothing drifts, and a
+    slice where the network sees nothing stays empty. "published": see `propagate`.
+    start: int (N,), the slices that the boxes were drawn on, where the objects are largest; else the middle ones.
+    overlap: a voxel that several objects claim goes to the "higher" logit, or to the "later" box as the authors have
+    it ("published" always does). cache_mb: for "published". Box k gives label k.
+    """
+    if propagation == "published":
+        return propagate(model, volume, boxes, cache_mb, start)
+    depth, height, width = volume.shape[:3]
+    segs = np.zeros((depth, height, width), label_dtype(len(boxes)))
+    first, last = boxes[:, 2], boxes[:, 5]
+    low = np.clip(np.floor(boxes[:, [1, 0]]), 0, None).astype(int)                            # (N, 2) y0 x0
+    high = np.ceil(boxes[:, [4, 3]]).astype(int) + 1                                          # (N, 2) y1 x1, half open
+    for z in range(depth):
+        objects = np.flatnonzero((first <= z) & (z <= last))
+        if not len(objects):
+            continue
+        prompts = section_boxes(boxes[objects], z, start if start is None else start[objects])
+        prompts = boxes_to_network(prompts, height, width, model.image_size)
+        highest = np.zeros((height, width), np.float32)
+        for k, logits in zip(objects, decode_boxes(model, encode(model, volume[z]), prompts)):
+            region = tuple(slice(a, b) for a, b in zip(low[k], high[k]))
+            logits = enlarged_logits(logits, height, width, model.image_size, region)
+            claimed = logits > highest[region]
+            segs[z][region][claimed] = k + 1
+            if overlap == "higher":
+                highest[region][claimed] = logits[claimed]
+    return segs
+
+
+def section_boxes(boxes: np.ndarray, z: int, start: np.ndarray | None = None) -> np.ndarray:
+    """Boxes (N, 6) that reach slice z -> their prompts (N, 4) x0 y0 x1 y1 there, in pixels of the volume.
+
+    Midway between the given box and that of the cross-section at z of the ellipsoid inscribed in it (two halves of
+    different height where `start`, the slice of the largest section, is not the middle one).
+    """
+    first, last = boxes[:, 2], boxes[:, 5]
+    largest = (first + last) / 2 if start is None else start
+    reach = np.where(z > largest, last - largest, largest - first) + 0.5     # to the outer face of the end slice
+    scale = (1 + np.sqrt(np.clip(1 - ((z - largest) / reach) ** 2, 0, 1))) / 2
+    middle, half = (boxes[:, :2] + boxes[:, 3:5]) / 2, (boxes[:, 3:5] - boxes[:, :2]) / 2
+    return np.hstack([middle - scale[:, None] * half, middle + scale[:, None] * half])
+
+
+# ------------------------------------------------------------------------------------------- as published
 
 class Embeddings:
     """Embeddings of the slices of one volume, each computed once while `cache_mb` allows.
@@ -46,15 +103,13 @@ def next_prompt(model, mask: np.ndarray, default: Tensor) -> Tensor:
     return prompt
 
 
-def segment_volume(model, volume: np.ndarray, boxes: np.ndarray, cache_mb: float = 1024,
-                   start: np.ndarray | None = None) -> np.ndarray:
-    """uint8 (D, H, W[, 3]) and boxes (N, 6) x0 y0 z0 x1 y1 z1, all inclusive -> labels (D, H, W) uint8 or uint16.
+def propagate(model, volume: np.ndarray, boxes: np.ndarray, cache_mb: float = 1024,
+              start: np.ndarray | None = None) -> np.ndarray:
+    """The published propagation (LiteMedSAM's and MedficientSAM's inference scripts); arguments of `segment_volume`.
 
-    The published propagation (LiteMedSAM's and MedficientSAM's inference scripts): the middle slice
-    (z0 + z1) // 2 is prompted with the box, every further slice, up to z1 and down to z0, with the box of its
-    neighbour's mask. Box k gives label k; where masks overlap, the later box wins. All boxes that wait for a
-    slice are decoded as one batch on one embedding; at most `cache_mb` MB of embeddings are kept.
-    start: int (N,), the slices that the boxes were drawn on, instead of the middle ones.
+    The middle slice (z0 + z1) // 2 is prompted with the box, every further slice, up to z1 and down to z0, with the
+    box of its neighbour's mask; where masks overlap, the later box wins. All boxes that wait for a slice are decoded
+    as one batch on one embedding; at most `cache_mb` MB of embeddings are kept.
     """
     depth, height, width = volume.shape[:3]
     segs = np.zeros((depth, height, width), label_dtype(len(boxes)))

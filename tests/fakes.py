@@ -1,4 +1,5 @@
 """A stand-in network for pipeline tests: what is brighter than half inside the box is the object."""
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -23,3 +24,11 @@ class BrightSam(torch.nn.Module):
         inside = (centre[None] > x0) & (centre[None] < x1) & (centre[:, None] > y0) & (centre[:, None] < y1)
         logits = torch.where(inside[:, None], bright, torch.tensor(-1.0))                     # (N, 1, 256, 256)
         return logits.repeat(1, 3 if multimask else 1, 1, 1), torch.full((len(boxes), 3 if multimask else 1), 0.9)
+
+
+def squares(shape, places):
+    """uint8 image of `shape` with bright squares (y0, y1, x0, x1), half open."""
+    image = np.zeros(shape, np.uint8)
+    for y0, y1, x0, x1 in places:
+        image[y0:y1, x0:x1] = 255
+    return image

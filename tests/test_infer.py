@@ -144,7 +144,7 @@ def test_a_bare_encoder_with_a_decoder_from_another_file(tmp_path, monkeypatch, 
 def test_half_open_boxes_ranks_and_overwriting(cases, tmp_path, monkeypatch, weights):
     out, volume = tmp_path / "out", cases / "3D_CT_short.npz"
     common = ["-o", out, "--weights", weights]
-    monkeypatch.setattr(script, "segment_volume", lambda model, volume, boxes, *rest: seen.append(boxes[:, 5].tolist())
+    monkeypatch.setattr(script, "segment_volume", lambda model, volume, boxes, *rest, **options: seen.append(boxes[:, 5].tolist())
                         or np.zeros(volume.shape, np.uint8))
     seen = []
     assert inside(monkeypatch, "-i", volume, *common) == 0

@@ -2,18 +2,10 @@
 import numpy as np
 import pytest
 import torch
-from fakes import BrightSam
+from fakes import BrightSam, squares
 
 from medficient_mini.nets.sam import build_sam
 from medficient_mini.segment import Predictor, segment_image
-from medficient_mini.volume import segment_volume
-
-
-def squares(shape, places):
-    image = np.zeros(shape, np.uint8)
-    for y0, y1, x0, x1 in places:
-        image[y0:y1, x0:x1] = 255
-    return image
 
 
 @pytest.fixture(scope="module")
@@ -67,69 +59,3 @@ def test_predictor_takes_sams_prompts(l0):
         predictor.predict()
     with pytest.raises(ValueError, match="uint8"):
         predictor.set_image(np.zeros((5, 5), np.float32))
-
-
-def drifting_volume():
-    """A square that moves by 4 pixels a slice, so that only propagation can follow it out of its first box."""
-    return np.stack([squares((128, 128), [(40, 80, 20 + 4 * z, 60 + 4 * z)]) for z in range(12)])
-
-
-class LooseSam(BrightSam):
-    """Sees the object up to 5 pixels of the 128 beyond its box, as a network does."""
-
-    def decode(self, embedding, boxes, **options):
-        return super().decode(embedding, boxes + 20 * torch.tensor([-1, -1, 1, 1]), **options)
-
-
-def test_propagation_follows_from_the_middle_slice_both_ways_and_stops_at_the_range():
-    volume = drifting_volume()
-    box = np.array([[38., 36, 2, 82, 84, 9]])                                # round the square of the middle slice, 5
-    segs = segment_volume(LooseSam(), volume, box)
-    assert segs.shape == volume.shape and segs.dtype == np.uint8
-    assert not segs[:2].any() and not segs[10:].any()
-    for z in range(2, 10):
-        assert ((segs[z] == 1) & (volume[z] > 0)).sum() / (volume[z] > 0).sum() > 0.9
-    assert segs[9, :, 84:].any() and segs[2, :, :36].any()                   # where the given box does not reach
-
-
-def test_an_empty_mask_falls_back_to_the_given_box():
-    volume = np.stack([squares((64, 64), [(20, 40, 20, 40)]) for _ in range(7)])
-    volume[4] = 0                                                            # nothing to see here
-    segs = segment_volume(BrightSam(), volume, np.array([[15., 15, 0, 45, 45, 6]]))
-    assert not segs[4].any() and all(segs[z].any() for z in (0, 1, 2, 3, 5, 6))
-
-
-def test_every_slice_is_encoded_once_and_cache_limits_change_no_mask():
-    volume = drifting_volume()
-    boxes = np.array([[20., 36, 0, 100, 84, 5], [30, 36, 3, 110, 84, 11], [60, 30, 6, 120, 90, 6]])
-    model = BrightSam()
-    whole = segment_volume(model, volume, boxes)
-    assert model.encoded == 12
-    frugal = BrightSam()
-    assert (segment_volume(frugal, volume, boxes, cache_mb=0) == whole).all()
-    assert frugal.encoded > 12
-    assert (segment_volume(BrightSam(), volume, boxes, cache_mb=9) == whole).all()
-    alone = [segment_volume(BrightSam(), volume, box[None]) for box in boxes]
-    together = np.zeros_like(whole)
-    for k, one in enumerate(alone, 1):
-        together[one > 0] = k
-    assert (together == whole).all()
-
-
-def test_rgb_volumes_and_one_slice_boxes():
-    volume = np.repeat(drifting_volume()[..., None], 3, axis=-1)
-    segs = segment_volume(BrightSam(), volume, np.array([[20., 36, 3, 90, 84, 3]]))
-    assert segs[3].any() and not segs[:3].any() and not segs[4:].any()
-
-
-def test_lite_medsam_loosens_the_propagated_box():
-    from medficient_mini.volume import next_prompt
-    mask = np.zeros((100, 200), bool)
-    mask[10:50, 0:100] = True
-    default = torch.zeros(4)
-    model = BrightSam()
-    assert next_prompt(model, mask, default).tolist() == pytest.approx([0, 25.6, 253.44, 125.44])
-    lite = BrightSam("lite_medsam")
-    lite.image_size = 256
-    assert next_prompt(lite, mask, default).tolist() == pytest.approx([0, 9.8, 129.72, 65.72], abs=1e-2)
-    assert next_prompt(model, mask & False, default) is default

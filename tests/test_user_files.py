@@ -57,7 +57,7 @@ def exact_volumes(monkeypatch):
     """Volumes are segmented exactly: the bright voxels of each box. The list holds the `start` of every call."""
     starts = []
 
-    def segment_volume(model, volume, boxes, cache_mb, start=None):
+    def segment_volume(model, volume, boxes, start=None, **options):
         segs = np.zeros(volume.shape, np.uint8)
         for k, (x0, y0, z0, x1, y1, z1) in enumerate(boxes.astype(int), 1):
             place = np.s_[z0:z1 + 1, y0:y1 + 1, x0:x1 + 1]
@@ -224,7 +224,7 @@ def test_pick_saves_what_was_drawn_and_quitting_ends_the_run(pictures, tmp_path,
     monkeypatch.setattr(infer, "require_display", lambda: None)
     seen = []
 
-    def drawn(model, case, cache_mb):
+    def drawn(model, case, **options):
         seen.append(case.name)
         if len(seen) == 2:
             return None

@@ -1,0 +1,59 @@
+"""Masks without a network, to measure networks against: each box filled, or the ellipse (ellipsoid) in it.
+
+    python -m medficient_mini.baselines -i cases -o out_box --shape box
+    python -m medficient_mini.baselines -i cases -o out_ellipse --shape ellipse
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from .cases import first_line, list_cases, read_case, write_segs
+from .progress import progress
+from .segment import label_dtype
+
+
+def inside_ellipsoid(shape: tuple[int, ...]) -> np.ndarray:
+    """Which voxel centres of an array of `shape` lie in the ellipsoid that touches its six faces (ellipse: four sides)."""
+    axes = [(2 * np.arange(n) + 1 - n) / n for n in shape]                     # -1 … 1 from face to face
+    return sum(np.square(axis) for axis in np.ix_(*axes)) <= 1
+
+
+def fill(shape: tuple[int, ...], boxes: np.ndarray, ellipse: bool) -> np.ndarray:
+    """Labels (H, W) or (D, H, W) of boxes (N, 4) x0 y0 x1 y1 or (N, 6) x0 y0 z0 x1 y1 z1, inclusive; later over earlier."""
+    segs = np.zeros(shape, label_dtype(len(boxes)))
+    for k, box in enumerate(boxes):
+        low, high = np.split(box, 2)                                           # x y [z]
+        region = tuple(slice(int(a), int(b) + 1) for a, b in zip(low[::-1], high[::-1]))
+        part = segs[region]
+        part[inside_ellipsoid(part.shape) if ellipse else ...] = k + 1
+    return segs
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-i", "--input", required=True, help="folder of NPZ cases, or one")
+    parser.add_argument("-o", "--output", required=True, type=Path, help="folder for the masks")
+    parser.add_argument("--shape", choices=("box", "ellipse"), default="ellipse", help="default: %(default)s")
+    arguments = parser.parse_args()
+    failed = 0
+    try:
+        paths = list_cases(arguments.input)
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        print(first_line(error), file=sys.stderr)
+        return 1
+    for path in (bar := progress(paths, len(paths), "filling")):
+        try:
+            case = read_case(path)
+            shape = case.volume.shape[:3] if case.is_3d else case.image.shape[:2]
+            write_segs(arguments.output / path.name, fill(shape, case.boxes, arguments.shape == "ellipse"))
+        except (ValueError, OSError) as error:
+            failed += 1
+            bar.write(first_line(error))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
