@@ -228,6 +228,8 @@ def infer_table(weights: str | None, rounds: int, threads: int) -> None:
     print_row(["encoder, G multiply-adds/s (of a 2048³ product)", *speed])
     measure("2D case, warm", lambda m: segment_image(m, image, image_boxes))
     measure("3D case, warm", lambda m: segment_volume(m, volume, volume_boxes), rounds=1)
+    measure("3D case, warm, published propagation", lambda m: segment_volume(m, volume, volume_boxes, propagation="published"),
+            rounds=1)
     del model, forms
     processes(weights, [k for k in encoder if k != "plain"], threads)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from medficient_mini.fast import to_fast
 from medficient_mini.nets.sam import NETWORKS, build_sam
 
 PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity"
@@ -38,13 +39,16 @@ def test_size(name):
 
 
 @recorded
+@pytest.mark.parametrize("form", ["plain", "fast"])
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.inference_mode()
-def test_parity(name):
+def test_parity(name, form):
     record = np.load(PARITY / f"{name}.npz")
     seed, size = int(record["seed"]), int(record["size"])
     model = deterministic_sam(name, seed)
     assert size == model.image_size
+    if form == "fast":
+        model = to_fast(model, "f32")
     import inputs
     embedding = model.image_encoder(inputs.image(seed, size))
     assert embedding.shape == (1, 256, 64, 64)

@@ -4,14 +4,16 @@ import pytest
 import torch
 from fakes import BrightSam, squares
 
+from medficient_mini.fast import to_fast
 from medficient_mini.nets.sam import build_sam
 from medficient_mini.segment import Predictor, segment_image
 
 
-@pytest.fixture(scope="module")
-def l0():
+@pytest.fixture(scope="module", params=["plain", "fast"])
+def l0(request):
     torch.manual_seed(0)
-    return build_sam("medficientsam_l0").eval()
+    model = build_sam("medficientsam_l0").eval()
+    return to_fast(model, "f32") if request.param == "fast" else model
 
 
 def test_each_box_gives_its_label_and_the_later_wins():
