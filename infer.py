@@ -22,6 +22,7 @@ from medficient_mini.checkpoint import load_model
 from medficient_mini.draw import contact_sheet, overlay, save_png
 from medficient_mini.fast import PRECISIONS, resolve_precision, to_fast
 from medficient_mini.formats import stem_of
+from medficient_mini.memory import return_memory
 from medficient_mini.pick import pick, require_display
 from medficient_mini.progress import progress
 from medficient_mini.prompts import (add_prompt_options, draw_points, list_user_files, prompts_of, read_user_case,
@@ -122,7 +123,9 @@ def load(arguments):
     precision = resolve_precision(arguments.precision)
     if arguments.precision == "auto" and precision == "f32" and model.calibration:
         print("precision f32, as this CPU has no bf16; these weights also serve --precision int8, which is faster")
-    return to_fast(model, precision)
+    model = to_fast(model, precision)
+    return_memory()                                             # of the plain weights
+    return model
 
 
 def note_seconds(folder: Path, name: str, seconds: float) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .files import whole_file
+from .memory import return_memory
 from .nets.sam import NETWORKS, Sam, build_sam
 from .storage import expand_state
 
@@ -108,11 +109,14 @@ def recognise(path: str | Path, state: dict[str, Tensor]) -> str:
     return by_blocks[blocks]
 
 
-def load_strictly(model: torch.nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Load every key or raise ValueError with how many are missing, unexpected or misshapen, and the first of each."""
+def load_strictly(model: torch.nn.Module, state: dict[str, Tensor], path: str | Path, assign: bool = False) -> None:
+    """Load every key or raise ValueError with how many are missing, unexpected or misshapen, and the first of each.
+
+    assign: the tensors of `state` become the model's own, as float32, instead of being copied into them.
+    """
     own = model.state_dict()
     # batch-norm counters are absent from some exports and play no part in inference
-    state = {**{k: v for k, v in own.items() if k.endswith("num_batches_tracked")}, **state}
+    state = {**{k: torch.tensor(0) for k in own if k.endswith("num_batches_tracked")}, **state}
     faults = {
         "missing": [key for key in own if key not in state],
         "unexpected": [key for key in state if key not in own],
@@ -123,7 +127,9 @@ def load_strictly(model: torch.nn.Module, state: dict[str, Tensor], path: str | 
         text = "; ".join(f"{len(keys)} {kind} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
                          for kind, keys in faults.items() if keys)
         raise ValueError(f"{path}: weights do not fit: {text}")
-    model.load_state_dict(state)
+    if assign:
+        state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    model.load_state_dict(state, assign=assign)
 
 
 def load_model(weights: str | Path | None = None, decoder_weights: str | Path | None = None,
@@ -149,9 +155,12 @@ def load_model(weights: str | Path | None = None, decoder_weights: str | Path | 
     elif all(key.startswith(ENCODER) for key in state):
         raise ValueError(f"{path}: holds an image encoder alone; name a file with prompt encoder and mask decoder: "
                          "--decoder-weights FILE (MedSAM's or LiteMedSAM's)")
-    model = build_sam(name)
-    load_strictly(model, state, files)
+    with torch.device("meta"):                                   # shapes only: no memory, no random weights
+        model = build_sam(name)
+    load_strictly(model, state, files, assign=True)
     model.calibration = content.get("calibration")              # activation ranges of quantize.py, for --precision int8
+    del content, state
+    return_memory()
     return model.eval().to(device)
 
 

@@ -1,5 +1,4 @@
 """What both training scripts are given: common options, the cases split in two, slices, the order of the samples."""
-import ctypes
 import io
 import math
 import sys
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from .data import EpochSampler, balance_weights, list_slices, scan_cases, split_cases
+from .memory import keep_memory
 from .parallel import World
 from .slices import SliceCache
 
@@ -88,16 +88,6 @@ def start(arguments):
     cv2.setNumThreads(1)
     torch.manual_seed(arguments.seed)
     return World(arguments.device, arguments.amp)
-
-
-def keep_memory():
-    """Have glibc keep freed memory: handing large buffers back and faulting them in again costs a CPU step 15 %."""
-    try:
-        libc = ctypes.CDLL(None)
-        for option, value in ((-3, 2 ** 30), (-1, 2 ** 31 - 1), (-2, 2 ** 28)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
-            libc.mallopt(option, value)
-    except (OSError, AttributeError, TypeError):
-        pass                                                                   # another C library: only slower
 
 
 def check_size(arguments, network):

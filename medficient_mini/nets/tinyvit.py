@@ -79,7 +79,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.attention_biases = nn.Parameter(torch.zeros(heads, window * window))
         self.heads = heads
-        position = torch.arange(window * window)
+        position = torch.arange(window * window, device="cpu")                       # also where weights are built as "meta"
         row, col = position // window, position % window
         offsets = (row[:, None] - row).abs() * window + (col[:, None] - col).abs()
         self.register_buffer("attention_bias_idxs", offsets, persistent=False)       # (w·w, w·w)
