@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medficient_mini.cases import UNREADABLE, list_cases, modality_of, read_case
+from medficient_mini.cases import UNREADABLE, list_cases, modality_of, read_case, source_of
 from medficient_mini.draw import compare_row, save_png
 from medficient_mini.metrics import case_scores, checked_labels
 from medficient_mini.progress import progress
@@ -36,6 +36,8 @@ def parse_arguments():
     parser.add_argument("--skip-missing", action="store_true",
                         help="leave out cases without masks instead of scoring them 0")
     parser.add_argument("--published", action="store_true", help="add the columns of MedficientSAM, Table 4")
+    parser.add_argument("--by-source", action="store_true",
+                        help="a line per data set (CT STS: from 3D_CT_STS_004.npz), not per modality")
     parser.add_argument("--figure", type=Path, metavar="DIR", help="best and worst case of each modality as pictures")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes (default: %(default)s)")
     return parser.parse_args()
@@ -82,10 +84,10 @@ def read_labels(path: Path, field: str) -> tuple[np.ndarray, np.ndarray | None]:
         raise ValueError(f"{path.name}: {error}") from None
 
 
-def score(job, tolerance: float, contour: bool):
+def score(job, tolerance: float, contour: bool, group=modality_of):
     """(ground truth path, masks path or None of each result) -> for each result its row or a line of complaint.
 
-    Only the line where the ground truth itself is bad. A missing mask file counts as masks without any label.
+    group names the row's target from the file name. Only the line where the ground truth itself is bad. A missing mask file counts as masks without any label.
     """
     truth, paths = job
     try:
@@ -98,7 +100,7 @@ def score(job, tolerance: float, contour: bool):
     for path in paths:
         try:
             segs = np.zeros_like(gts) if path is None else read_labels(path, "segs")[0]
-            row = {"case": truth.name, "modality": modality_of(truth), "is_3d": gts.ndim == 3}
+            row = {"case": truth.name, "modality": group(truth), "is_3d": gts.ndim == 3}
             rows.append(row | case_scores(gts, segs, spacing, tolerance, contour))
         except (ValueError, MemoryError) as error:
             rows.append(named(truth, error))
@@ -113,7 +115,8 @@ def named(path, error):
 
 def score_all(jobs, arguments):
     """`score` of every job, in processes where --workers says so, in order."""
-    work = partial(score, tolerance=arguments.tolerance, contour=arguments.contour_nsd)
+    work = partial(score, tolerance=arguments.tolerance, contour=arguments.contour_nsd,
+                   group=source_of if arguments.by_source else modality_of)
     if min(arguments.workers, len(jobs)) <= 1:
         return list(progress(map(work, jobs), len(jobs), "scoring"))
     with ProcessPoolExecutor(min(arguments.workers, len(jobs))) as pool:

@@ -86,6 +86,12 @@ def modality_of(name) -> str:
     return match[1] if match else path.parent.name or "unknown"
 
 
+def source_of(name) -> str:
+    """"3D_CT_STS_004.npz" -> "CT STS": modality and data set; the modality alone where the name has no more parts."""
+    match = re.match(r"[23]D(?:Box)?_([^_.]+)_([^_.]+)_", Path(name).name)
+    return f"{match[1]} {match[2]}" if match else modality_of(name)
+
+
 def read_case(path, need_boxes: bool = True, need_gts: bool = False, z_exclusive: bool = False) -> Case:
     """Read and check a case. ValueError with one line for whatever is wrong with it.
 

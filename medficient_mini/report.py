@@ -135,15 +135,19 @@ def score_table(results, scores, published):
 
 
 def difference_table(results, scores):
+    """A line per pair of results over all cases; with two results also one per target."""
     names, lines = list(results), []
+    targets = sorted({row["modality"] for rows in results.values() for row in rows}) if len(names) == 2 else []
     for i, first in enumerate(names):
         for second in names[i + 1:]:
-            cells = []
-            for key in scores:
-                n, mean, low, high = paired_difference(results[first], results[second], key)
-                cells.append(f"{100 * mean:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]" if n else "–")
-            lines.append([f"{second} − {first}", str(n)] + cells)
-    return table(["Pair", "Cases in both"] + [f"{SCORES[key]} points, mean [95 % interval]" for key in scores], lines)
+            for target in [*targets, None]:
+                pair = [[row for row in results[name] if target in (None, row["modality"])] for name in (first, second)]
+                cells = []
+                for key in scores:
+                    n, mean, low, high = paired_difference(*pair, key)
+                    cells.append(f"{100 * mean:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]" if n else "–")
+                lines.append([f"{second} − {first}", target or "all cases", str(n)] + cells)
+    return table(["Pair", "Target", "Cases in both"] + [f"{SCORES[key]} points, mean [95 % interval]" for key in scores], lines)
 
 
 def runtime_table(results, published):

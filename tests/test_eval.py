@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from medficient_mini import report
+from medficient_mini.cases import source_of
 from medficient_mini.metrics import case_scores
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,8 +98,11 @@ def test_results_side_by_side(folders):
     assert near[1]["nsd"] == f"{expected['nsd']:.6f}"
     differences = [float(b["dsc"]) - float(a["dsc"]) for a, b in zip(near, far)]
     text = (folders / "out" / "summary.md").read_text()
-    line = next(line for line in text.splitlines() if line.startswith("| theirs − ours | 4 |"))
-    assert float(line.split(" | ")[2].split(" [")[0]) == pytest.approx(100 * np.mean(differences), abs=0.011)
+    line = next(line for line in text.splitlines() if line.startswith("| theirs − ours | all cases | 4 |"))
+    assert float(line.split(" | ")[3].split(" [")[0]) == pytest.approx(100 * np.mean(differences), abs=0.011)
+    line = next(line for line in text.splitlines() if line.startswith("| theirs − ours | CT | 2 |"))
+    assert float(line.split(" | ")[3].split(" [")[0]) == pytest.approx(
+        100 * np.mean([d for d, row in zip(differences, near) if row["case"].startswith("2D_CT")]), abs=0.011)
     ct = next(line for line in text.splitlines() if line.startswith("| CT |")).split(" | ")
     assert len(ct) == 2 + 2 * 2 + 7 * 2 and ct[6:8] == ["92.26", "94.90"] and ct[-1].strip(" |") == "**95.78**"
     assert {row["result"] for row in table(folders / "out" / "summary.csv")} == {"ours", "theirs"}
@@ -192,14 +196,14 @@ def test_only_shared_cases_are_compared():
     a, b = rows_of([0.5, 0.6, None, 0.8]), rows_of([0.6, None, 0.7])
     assert report.paired_difference(a, b, "dsc")[:2] == (1, pytest.approx(0.1))
     assert report.paired_difference(a, [], "dsc")[0] == 0
-    assert "| b − a | 0 | – | – |" in report.markdown({"a": a, "b": []})
+    assert "| b − a | all cases | 0 | – | – |" in report.markdown({"a": a, "b": []})
     assert "| CT | 3/2 |" in report.markdown({"a": a, "b": b}) and "| CT | 2/3 |" in report.markdown({"b": b, "a": a})
 
 
 @pytest.mark.parametrize("rows", [[], rows_of([None, None])])
 def test_tables_without_any_score(rows):
     text = report.markdown({"a": rows, "b": rows})
-    assert "| average over cases | 0 | – | – | – | – |" in text and "| b − a | 0 | – | – |" in text
+    assert "| average over cases | 0 | – | – | – | – |" in text and "| b − a | all cases | 0 | – | – |" in text
 
 
 def test_published_columns_agree_with_their_averages():
@@ -213,3 +217,18 @@ def test_bad_efficiency_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="efficiency.csv: line 2: expected case,seconds, found a.npz,fast"):
         report.read_seconds(tmp_path)
     assert report.read_seconds(tmp_path / "none") == {}
+
+
+def test_by_source(tmp_path):
+    assert [source_of(name) for name in ("3D_CT_STS_004.npz", "2DBox_US_BUSI_a_b.npz", "2D_US_a.npz", "x.npz")] == [
+        "CT STS", "US BUSI", "US", "unknown"]
+    for folder in ("gts", "segs"):
+        (tmp_path / folder).mkdir()
+    for k, name in enumerate(("2D_US_BUSI_1.npz", "2D_US_HC18_1.npz", "2D_US_HC18_2.npz")):
+        gts = np.zeros((20, 20), np.uint8)
+        gts[5:15, 5:15] = 1
+        np.savez(tmp_path / "gts" / name, gts=gts)
+        np.savez(tmp_path / "segs" / name, segs=np.roll(gts, k, 0))
+    assert evaluate("-s", tmp_path / "segs", "-g", tmp_path / "gts", "--by-source").returncode == 0
+    text = (tmp_path / "segs/summary.md").read_text()
+    assert "| US BUSI | 1 | 100.00 |" in text and "| US HC18 | 2 | 85.00 |" in text
