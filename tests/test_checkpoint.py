@@ -41,6 +41,19 @@ def test_layouts_of_a_whole_model(l0, tmp_path, wrap):
     assert model.name == "medficientsam_l0" and not model.training and same(model, l0)
 
 
+def test_half_precision_and_absent_counters_give_a_whole_float32_model(tmp_path):
+    lite = build_sam("lite_medsam").eval()
+    state = {key: value.half() if value.is_floating_point() else value for key, value in lite.state_dict().items()
+             if not key.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "half.pth")
+    model = load_model(tmp_path / "half.pth")
+    for tensor in [*model.parameters(), *model.buffers()]:                    # no shape without numbers is left
+        assert tensor.device.type == "cpu" and (tensor.dtype == torch.float32 or not tensor.is_floating_point())
+    assert all(torch.equal(model.state_dict()[key], value.float()) for key, value in state.items() if value.is_floating_point())
+    with torch.inference_mode():
+        assert model.image_encoder(torch.rand(1, 3, 256, 256)).isfinite().all()
+
+
 @pytest.mark.parametrize("prefix", ["student_encoder.", "image_encoder."])
 def test_a_distilled_encoder_takes_its_decoder_from_another_file(l0, tmp_path, prefix):
     teacher = {"teacher_encoder.pos_embed": torch.zeros(3)}
