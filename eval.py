@@ -38,7 +38,7 @@ def parse_arguments():
     parser.add_argument("--published", action="store_true", help="add the columns of MedficientSAM, Table 4")
     parser.add_argument("--by-source", action="store_true",
                         help="a line per data set (CT STS: from 3D_CT_STS_004.npz), not per modality")
-    parser.add_argument("--figure", type=Path, metavar="DIR", help="best and worst case of each modality as pictures")
+    parser.add_argument("--figure", type=Path, metavar="DIR", help="best and worst case of each target as pictures")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes (default: %(default)s)")
     return parser.parse_args()
 
@@ -87,7 +87,8 @@ def read_labels(path: Path, field: str) -> tuple[np.ndarray, np.ndarray | None]:
 def score(job, tolerance: float, contour: bool, group=modality_of):
     """(ground truth path, masks path or None of each result) -> for each result its row or a line of complaint.
 
-    group names the row's target from the file name. Only the line where the ground truth itself is bad. A missing mask file counts as masks without any label.
+    Only the line where the ground truth itself is bad. A missing mask file counts as masks without any label. group
+    names the row's target from the file name.
     """
     truth, paths = job
     try:
@@ -199,14 +200,17 @@ def run(arguments) -> int:
 
     if not arguments.tolerance >= 0 or arguments.tolerance == float("inf"):
         raise ValueError(f"--tolerance: expected a number of mm >= 0, found {arguments.tolerance}")
+    if arguments.by_source and arguments.published:
+        raise ValueError("--published: the paper has no columns per data set, expected it without --by-source")
     folders = named_folders(arguments.segs)
     truths = by_name(arguments.gts, complain)
     results, masks = collect(folders, truths, arguments, complain)
     first = next(iter(folders.values()))
     output = arguments.output or (first if first.is_dir() else first.parent)
     heading = (f"## Scores on {arguments.gts}\n\nDSC and NSD in percent, NSD at a tolerance of {arguments.tolerance:g} mm "
-               "(pixels in 2D). The average over modalities is the paper's; in the average over cases every case counts "
-               "alike.")
+               "(pixels in 2D). " + ("Each data set stands as a modality of its own" if arguments.by_source else
+                                     "The average over modalities is the paper's")
+               + "; in the average over cases every case counts alike.")
     text = markdown(results, arguments.published, heading)
     for name, rows in results.items():
         write_text(output / ("metrics.csv" if len(results) == 1 else f"metrics_{name}.csv"), metrics_csv(rows))

@@ -47,7 +47,7 @@ def parse_arguments():
     parser.add_argument("--propagation", choices=PROPAGATIONS, default="sections", help="volumes: prompt every slice "
                         "with a section of the given box (default), or the middle one and follow the masks as published")
     parser.add_argument("--overlap", choices=OVERLAPS, default="higher", help="volumes: a voxel claimed by several boxes "
-                        "goes to the higher logit (default), or to the later box as published")
+                        "goes to the higher logit (default), or to the later box, as with --propagation published always")
     parser.add_argument("--cache-mb", type=float, default=1024, help="embeddings kept by --propagation published, in MB")
     parser.add_argument("--z-exclusive", action="store_true",
                         help="z_max of a volume's box is the slice after the last (the MedficientSAM authors' reading)")

@@ -112,7 +112,7 @@ def recognise(path: str | Path, state: dict[str, Tensor]) -> str:
 def load_strictly(model: torch.nn.Module, state: dict[str, Tensor], path: str | Path, assign: bool = False) -> None:
     """Load every key or raise ValueError with how many are missing, unexpected or misshapen, and the first of each.
 
-    assign: the tensors of `state` become the model's own, as float32, instead of being copied into them.
+    assign: the tensors of `state` become the model's own, in its types, instead of being copied into them.
     """
     own = model.state_dict()
     # batch-norm counters are absent from some exports and play no part in inference
@@ -128,7 +128,7 @@ def load_strictly(model: torch.nn.Module, state: dict[str, Tensor], path: str | 
                          for kind, keys in faults.items() if keys)
         raise ValueError(f"{path}: weights do not fit: {text}")
     if assign:
-        state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+        state = {key: value.to(own[key].dtype) for key, value in state.items()}
     model.load_state_dict(state, assign=assign)
 
 

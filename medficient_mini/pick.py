@@ -2,7 +2,7 @@
 
 A press, a drag and a release make a box; its mask follows in the time of one decode, as the embedding of the image, or
 of each slice of a volume that is drawn on, is computed once. In a volume a box spans the slices between its first and
-last one (keys f and l), and the volume is segmented outward from the slice it was drawn on when it is saved.
+last one (keys f and l); the slice it was drawn on counts as the object's largest. The volume is segmented when it is saved.
 """
 import os
 import subprocess

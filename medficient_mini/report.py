@@ -1,8 +1,8 @@
 """Per-case rows -> the paper's tables (MedficientSAM, Tables 4, 5, 7), as Markdown and CSV.
 
-A row is a dict: case (file name), modality (as in the file name), is_3d, labels (number scored), dsc, nsd (fractions,
-None where the ground truth has no label) and, where there are any, nsd_contour and seconds. A result is a name and
-its list of rows.
+A row is a dict: case (file name), modality (as in the file name; with eval.py --by-source modality and data set),
+is_3d, labels (number scored), dsc, nsd (fractions, None where the ground truth has no label) and, where there are
+any, nsd_contour and seconds. A result is a name and its list of rows.
 """
 import csv
 import io
@@ -137,7 +137,8 @@ def score_table(results, scores, published):
 def difference_table(results, scores):
     """A line per pair of results over all cases; with two results also one per target."""
     names, lines = list(results), []
-    targets = sorted({row["modality"] for rows in results.values() for row in rows}) if len(names) == 2 else []
+    summaries = {name: {row["target"]: row for row in summarise(rows)} for name, rows in results.items()}
+    targets = [t for t in merged_targets(summaries) if not t.startswith("average")] if len(names) == 2 else []
     for i, first in enumerate(names):
         for second in names[i + 1:]:
             for target in [*targets, None]:
@@ -146,7 +147,7 @@ def difference_table(results, scores):
                 for key in scores:
                     n, mean, low, high = paired_difference(*pair, key)
                     cells.append(f"{100 * mean:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]" if n else "–")
-                lines.append([f"{second} − {first}", target or "all cases", str(n)] + cells)
+                lines.append([f"{second} − {first}", PAPER_NAME.get(target, target or "all cases"), str(n)] + cells)
     return table(["Pair", "Target", "Cases in both"] + [f"{SCORES[key]} points, mean [95 % interval]" for key in scores], lines)
 
 

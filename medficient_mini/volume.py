@@ -18,6 +18,7 @@ def segment_volume(model, volume: np.ndarray, boxes: np.ndarray, start: np.ndarr
                    propagation: str = "sections", overlap: str = "higher", cache_mb: float = 1024) -> np.ndarray:
     """uint8 (D, H, W[, 3]) and boxes (N, 6) x0 y0 z0 x1 y1 z1, all inclusive -> labels (D, H, W) uint8 or uint16.
 
+    Boxes may be of any numeric type and lie within the volume. ValueError for other words than these:
     propagation "sections": a person's box bounds the object in every slice, and an object narrows towards its ends.
     So each slice is prompted with `section_boxes`, midway between the given box and the cross-section of the
     ellipsoid in it, and its mask is clipped to the given box. No slice depends on another: nothing drifts, and a
@@ -26,13 +27,17 @@ def segment_volume(model, volume: np.ndarray, boxes: np.ndarray, start: np.ndarr
     overlap: a voxel that several objects claim goes to the "higher" logit, or to the "later" box as the authors have
     it ("published" always does). cache_mb: for "published". Box k gives label k.
     """
+    if propagation not in PROPAGATIONS or overlap not in OVERLAPS:
+        raise ValueError(f"propagation, overlap: expected one of {PROPAGATIONS} and of {OVERLAPS}, found "
+                         f"{propagation!r} and {overlap!r}")
+    boxes = np.asarray(boxes, np.float64).reshape(-1, 6)
     if propagation == "published":
-        return propagate(model, volume, boxes, cache_mb, start)
+        return propagate(model, volume, boxes, start, cache_mb)
     depth, height, width = volume.shape[:3]
     segs = np.zeros((depth, height, width), label_dtype(len(boxes)))
     first, last = boxes[:, 2], boxes[:, 5]
     low = np.clip(np.floor(boxes[:, [1, 0]]), 0, None).astype(int)                            # (N, 2) y0 x0
-    high = np.ceil(boxes[:, [4, 3]]).astype(int) + 1                                          # (N, 2) y1 x1, half open
+    high = np.clip(np.ceil(boxes[:, [4, 3]]) + 1, 0, None).astype(int)                        # (N, 2) y1 x1, half open
     for z in range(depth):
         objects = np.flatnonzero((first <= z) & (z <= last))
         if not len(objects):
@@ -51,7 +56,7 @@ def segment_volume(model, volume: np.ndarray, boxes: np.ndarray, start: np.ndarr
 
 
 def section_boxes(boxes: np.ndarray, z: int, start: np.ndarray | None = None) -> np.ndarray:
-    """Boxes (N, 6) that reach slice z -> their prompts (N, 4) x0 y0 x1 y1 there, in pixels of the volume.
+    """float64 boxes (N, 6) that reach slice z -> their prompts (N, 4) x0 y0 x1 y1 there, in pixels of the volume.
 
     Midway between the given box and that of the cross-section at z of the ellipsoid inscribed in it (two halves of
     different height where `start`, the slice of the largest section, is not the middle one).
@@ -103,8 +108,8 @@ def next_prompt(model, mask: np.ndarray, default: Tensor) -> Tensor:
     return prompt
 
 
-def propagate(model, volume: np.ndarray, boxes: np.ndarray, cache_mb: float = 1024,
-              start: np.ndarray | None = None) -> np.ndarray:
+def propagate(model, volume: np.ndarray, boxes: np.ndarray, start: np.ndarray | None = None,
+              cache_mb: float = 1024) -> np.ndarray:
     """The published propagation (LiteMedSAM's and MedficientSAM's inference scripts); arguments of `segment_volume`.
 
     The middle slice (z0 + z1) // 2 is prompted with the box, every further slice, up to z1 and down to z0, with the

@@ -43,3 +43,7 @@ def test_script(tmp_path):
     assert run.returncode == 1 and "2D_US_bad.npz" in run.stderr
     assert np.load(tmp_path / "out/2D_US_a.npz")["segs"].sum() == 100
     assert np.load(tmp_path / "out/3D_CT_b.npz")["segs"].sum() == 400
+    run = subprocess.run([sys.executable, "-m", "medficient_mini.baselines", "-i", tmp_path / "in", "-o", tmp_path / "in"],
+                         capture_output=True, text=True)
+    assert run.returncode == 1 and "another folder" in run.stderr
+    assert "imgs" in np.load(tmp_path / "in/2D_US_a.npz").files               # the case is still there

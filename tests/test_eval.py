@@ -230,5 +230,6 @@ def test_by_source(tmp_path):
         np.savez(tmp_path / "gts" / name, gts=gts)
         np.savez(tmp_path / "segs" / name, segs=np.roll(gts, k, 0))
     assert evaluate("-s", tmp_path / "segs", "-g", tmp_path / "gts", "--by-source").returncode == 0
+    assert "--published" in evaluate("-s", tmp_path / "segs", "-g", tmp_path / "gts", "--by-source", "--published").stderr
     text = (tmp_path / "segs/summary.md").read_text()
     assert "| US BUSI | 1 | 100.00 |" in text and "| US HC18 | 2 | 85.00 |" in text

@@ -19,6 +19,9 @@ def test_masks_equal_the_two_step_enlargement(height, width, size):
     sure = np.abs(full) > 1e-4                                              # a logit within rounding of 0 may flip
     assert found.shape == (3, height, width) and found.dtype == bool
     assert (found[sure] == (full[sure] > 0)).all() and sure.mean() > 0.9
+    region = slice(height // 3, height), slice(1, width // 2 + 1)
+    for one, expected in zip(logits, full):
+        assert np.abs(geometry.enlarged_logits(one, height, width, size, region) - expected[region]).max() < 1e-4
 
 
 def test_an_empty_and_a_full_mask():

@@ -144,13 +144,22 @@ def test_a_bare_encoder_with_a_decoder_from_another_file(tmp_path, monkeypatch, 
 def test_half_open_boxes_ranks_and_overwriting(cases, tmp_path, monkeypatch, weights):
     out, volume = tmp_path / "out", cases / "3D_CT_short.npz"
     common = ["-o", out, "--weights", weights]
-    monkeypatch.setattr(script, "segment_volume", lambda model, volume, boxes, *rest, **options: seen.append(boxes[:, 5].tolist())
-                        or np.zeros(volume.shape, np.uint8))
-    seen = []
+    seen, given = [], []
+
+    def segment_volume(model, volume, boxes, start=None, **options):
+        seen.append(boxes[:, 5].tolist())
+        given.append(options)
+        return np.zeros(volume.shape, np.uint8)
+
+    monkeypatch.setattr(script, "segment_volume", segment_volume)
     assert inside(monkeypatch, "-i", volume, *common) == 0
     assert inside(monkeypatch, "-i", volume, *common) == 0                   # finished: skipped
     assert inside(monkeypatch, "-i", volume, *common, "--overwrite", "--z-exclusive") == 0
     assert seen == [[3, 4, 2], [2, 3, 2]]
+    words = ["--propagation", "published", "--overlap", "later", "--cache-mb", "7"]
+    assert inside(monkeypatch, "-i", volume, *common, "--overwrite", *words) == 0
+    assert given[1:] == [dict(propagation="sections", overlap="higher", cache_mb=1024),
+                         dict(propagation="published", overlap="later", cache_mb=7)]
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert inside(monkeypatch, "-i", cases, "-o", tmp_path / "rank", "--weights", weights) == 0

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from medficient_mini.fast import to_fast
+from medficient_mini.fast import FastSam, to_fast
 from medficient_mini.nets.sam import NETWORKS, build_sam
 
 PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity"
@@ -49,6 +49,8 @@ def test_parity(name, form):
     assert size == model.image_size
     if form == "fast":
         model = to_fast(model, "f32")
+        if not isinstance(model, FastSam):
+            pytest.skip("this torch lacks the oneDNN operators")
     import inputs
     embedding = model.image_encoder(inputs.image(seed, size))
     assert embedding.shape == (1, 256, 64, 64)

@@ -37,25 +37,31 @@ class Recorder(BrightSam):
         return super().decode(embedding, boxes, **options)
 
 
-def test_the_given_box_prompts_every_slice_and_each_is_encoded_once():
-    volume = np.stack([squares((128, 128), [(40, 80, 40, 80)])] * 9)
-    box = np.array([[30., 36, 2, 90, 84, 6], [100, 100, 8, 110, 110, 8]])
+@pytest.mark.parametrize("start", [None, np.array([3, 6])])
+def test_sections_prompt_every_slice_and_each_is_encoded_once(start):
+    volume = np.stack([squares((96, 128), [(40, 80, 40, 80)])] * 9)
+    boxes = np.array([[30, 36, 2, 90, 84, 6], [100, 60, 5, 110, 90, 6]], np.uint8)          # 255 would overflow in sums
     model = Recorder()
-    segs = segment_volume(model, volume, box)
-    assert model.encoded == 6                                                # 2 to 6 and 8: 7 has no object
+    segs = segment_volume(model, volume, boxes, start)
+    assert model.encoded == 5                                                # slices 2 to 6, though 5 and 6 serve two boxes
+    assert [len(p) for p in model.seen] == [1, 1, 1, 2, 2]
     scale = model.image_size / 128
-    assert [len(p) for p in model.seen] == [1] * 6
-    for z, prompt in zip((2, 3, 4, 5, 6), model.seen):
-        assert prompt[0].tolist() == pytest.approx((section_boxes(box[:1], z)[0] * scale).tolist(), rel=1e-5)
-    assert (segs[2:7] == 1).any((1, 2)).all() and not segs[[0, 1, 7]].any()
+    for z, prompts in zip((2, 3, 4, 5, 6), model.seen):
+        here = [0] if z < 5 else [0, 1]
+        expected = section_boxes(boxes[here].astype(float), z, None if start is None else start[here]) * scale
+        assert prompts.numpy() == pytest.approx(expected, rel=1e-5)
+    assert (segs[2:7] == 1).any((1, 2)).all() and not segs[[0, 1, 7, 8]].any()
+    bright = (segs[4] == 1) & (volume[4] > 0)
+    assert bright.sum() > 0.9 * (volume[4] > 0).sum()                        # the mask lies where the square is
 
 
 def test_masks_stay_in_the_given_box_and_nothing_drifts():
     volume = drifting_volume()
-    box = np.array([[38., 36, 2, 82, 84, 9]])
+    box = np.array([[38., 44, 2, 82, 76.4, 9]])                              # cuts the square above and below as well
     published, new = propagate(LooseSam(), volume, box), segment_volume(LooseSam(), volume, box)
-    assert published[..., 83:].any()                                         # follows the square out of the box
-    assert new.any() and not new[..., 83:].any() and not new[..., :38].any() and not new[:, :36].any()
+    assert published[..., 83:].any() and published[:, :44].any()             # follows the square out of the box
+    assert not new[..., 83:].any() and not new[..., :38].any() and not new[:, :44].any() and not new[:, 78:].any()
+    assert new[:, 44].any() and new[:, 76].any()
 
 
 def test_an_empty_end_slice_stays_empty_and_the_next_is_not_harmed():
@@ -103,7 +109,18 @@ def test_a_voxel_claimed_twice(small_first):
     assert later[1, 30, 30] == 2 and later[1, 50, 50] == large_label
 
 
-def test_published_is_the_published_propagation():
+def test_many_boxes_and_unknown_names():
+    volume = np.stack([squares((64, 64), [(10, 50, 10, 50)])] * 2)
+    boxes = np.tile([[8., 8, 0, 52, 52, 1]], (300, 1))
+    segs = segment_volume(BrightSam(), volume, boxes, overlap="later")
+    assert segs.dtype == np.uint16 and segs.max() == 300
+    assert segment_volume(BrightSam(), volume, boxes).max() == 1             # equal logits: the first keeps the voxel
+    for wrong in (dict(propagation="section"), dict(overlap="late")):
+        with pytest.raises(ValueError, match="expected one of"):
+            segment_volume(BrightSam(), volume, boxes, **wrong)
+
+
+def test_published_is_dispatched_with_its_arguments():
     volume = drifting_volume()
     boxes = np.array([[38., 36, 2, 82, 84, 9], [30, 36, 3, 110, 84, 11]])
     start = np.array([4, 9])
