@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .nets.mask_decoder import HEADS, MASKS, Attention, MaskDecoder
+from .nets.mask_decoder import HEADS, Attention
 
 
 class TokenImageAttention:
@@ -84,20 +84,14 @@ class FastDecoder:
         if masks is None:
             dense = self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
         image = (embedding + dense).flatten(2).transpose(1, 2).contiguous().to(self.dtype)   # (N or 1, 4096, 256)
-        output_tokens = torch.cat([self.decoder.iou_token.weight, self.decoder.mask_tokens.weight])
-        tokens = torch.cat([output_tokens.expand(len(sparse), -1, -1), sparse], dim=1)       # (N, 5 + T, 256)
-        tokens, image = self.transform(tokens, image)
-        return self.masks(tokens, image, multimask)
+        tokens, image = self.transform(self.decoder.with_output_tokens(sparse), image)
+        kernels, iou = self.decoder.heads(tokens, multimask)
+        return torch.stack([self.upscale(one, kernel) for one, kernel in zip(image, kernels)]), iou
 
     def transform(self, tokens: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         transformer, token_pe = self.decoder.transformer, tokens
         for layer, (to_image, to_tokens) in zip(transformer.layers, self.cross):
-            if layer.first:
-                tokens = layer.self_attn(tokens, tokens, tokens)
-            else:
-                q = tokens + token_pe
-                tokens = tokens + layer.self_attn(q, q, tokens)
-            tokens = layer.norm1(tokens)
+            tokens = layer.attend_self(tokens, token_pe)
             placed = image + self.positions                                   # (N or 1, 4096, 256)
             tokens = layer.norm2(tokens + to_image.to_image(tokens + token_pe, placed, image))
             tokens = layer.norm3(tokens + layer.mlp(tokens))
@@ -106,13 +100,6 @@ class FastDecoder:
                                  layer.norm4.eps)                             # (N, 4096, 256)
         read = self.final.to_image(tokens + token_pe, image + self.positions, image)
         return transformer.norm_final_attn(tokens + read), image
-
-    def masks(self, tokens: Tensor, image: Tensor, multimask: bool) -> tuple[Tensor, Tensor]:
-        chosen = range(1, MASKS) if multimask else range(1)
-        kernels = torch.stack([self.decoder.output_hypernetworks_mlps[i](tokens[:, 1 + i]) for i in chosen], dim=1)
-        logits = torch.stack([self.upscale(one, kernel) for one, kernel in zip(image, kernels)])
-        iou = self.decoder.iou_prediction_head(tokens[:, 0])[:, chosen.start:chosen.stop]
-        return logits, iou
 
     def upscale(self, image: Tensor, kernels: Tensor) -> Tensor:
         """One prompt's image (4096, 256) and M kernels (M, 32) -> logits (M, 256, 256)."""

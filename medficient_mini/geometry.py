@@ -75,7 +75,7 @@ def logits_to_mask(logits: Tensor, height: int, width: int, size: int) -> np.nda
     for mask, one in zip(masks, logits.float().cpu()):
         positive = one > 0
         r, c = reached(rows, positive.any(1)), reached(columns, positive.any(0))
-        mask[r, c] = (rows[r] @ one @ columns[c].T > 0).numpy()
+        mask[r, c] = enlarged_logits(one, height, width, size, (r, c)) > 0
     return masks
 
 

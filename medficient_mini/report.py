@@ -111,7 +111,7 @@ def markdown(results: dict[str, list[dict]], published: bool = False, heading: s
 
 def score_table(results, scores, published):
     """The layout of Table 4: a row per modality and two averages, for each column its scores in percent, best in bold."""
-    summaries = {name: {row["target"]: row for row in summarise(rows)} for name, rows in results.items()}
+    summaries = by_target(results)
     targets = merged_targets(summaries)
     header = ["Target", "Cases"] + [f"{name} {SCORES[key]}" for name in summaries for key in scores]
     if published:
@@ -137,8 +137,7 @@ def score_table(results, scores, published):
 def difference_table(results, scores):
     """A line per pair of results over all cases; with two results also one per target."""
     names, lines = list(results), []
-    summaries = {name: {row["target"]: row for row in summarise(rows)} for name, rows in results.items()}
-    targets = [t for t in merged_targets(summaries) if not t.startswith("average")] if len(names) == 2 else []
+    targets = [t for t in merged_targets(by_target(results)) if not t.startswith("average")] if len(names) == 2 else []
     for i, first in enumerate(names):
         for second in names[i + 1:]:
             for target in [*targets, None]:
@@ -153,7 +152,7 @@ def difference_table(results, scores):
 
 def runtime_table(results, published):
     """Tables 7 and 5: per modality, then the means of 2D and 3D cases."""
-    summaries = {name: {row["target"]: row for row in summarise(rows)} for name, rows in results.items()}
+    summaries = by_target(results)
     means = {name: mean_seconds(rows) for name, rows in results.items()}
     header = ["Target"] + list(results) + [f"published: {name}" for name in PUBLISHED_SECONDS if published]
     lines = [[PAPER_NAME.get(target, target)] + [seconds(s.get(target, {}).get("seconds")) for s in summaries.values()]
@@ -164,6 +163,11 @@ def runtime_table(results, published):
                      + [seconds(pair[i]) for pair in PUBLISHED_SECONDS.values() if published])
     note = "\n\nPublished: MedficientSAM, Table 5, measured on an Intel Core i9-10900K." if published else ""
     return table(header, lines) + note
+
+
+def by_target(results):
+    """{name: {target: its row of `summarise`}}."""
+    return {name: {row["target"]: row for row in summarise(rows)} for name, rows in results.items()}
 
 
 def merged_targets(summaries):

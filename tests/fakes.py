@@ -1,7 +1,10 @@
 """A stand-in network for pipeline tests: what is brighter than half inside the box is the object."""
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
+
+from medficient_mini.fast import FastSam, to_fast
 
 
 class BrightSam(torch.nn.Module):
@@ -24,6 +27,14 @@ class BrightSam(torch.nn.Module):
         inside = (centre[None] > x0) & (centre[None] < x1) & (centre[:, None] > y0) & (centre[:, None] < y1)
         logits = torch.where(inside[:, None], bright, torch.tensor(-1.0))                     # (N, 1, 256, 256)
         return logits.repeat(1, 3 if multimask else 1, 1, 1), torch.full((len(boxes), 3 if multimask else 1), 0.9)
+
+
+def fast_or_skip(model):
+    """The f32 inference form of a network; the test is skipped where torch lacks the operators for it."""
+    fast = to_fast(model, "f32")
+    if not isinstance(fast, FastSam):
+        pytest.skip("this torch lacks the oneDNN operators")
+    return fast
 
 
 def squares(shape, places):

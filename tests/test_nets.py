@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fakes import fast_or_skip
 
-from medficient_mini.fast import FastSam, to_fast
 from medficient_mini.nets.sam import NETWORKS, build_sam
 
 PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity"
@@ -48,9 +48,7 @@ def test_parity(name, form):
     model = deterministic_sam(name, seed)
     assert size == model.image_size
     if form == "fast":
-        model = to_fast(model, "f32")
-        if not isinstance(model, FastSam):
-            pytest.skip("this torch lacks the oneDNN operators")
+        model = fast_or_skip(model)
     import inputs
     embedding = model.image_encoder(inputs.image(seed, size))
     assert embedding.shape == (1, 256, 64, 64)

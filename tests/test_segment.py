@@ -2,9 +2,8 @@
 import numpy as np
 import pytest
 import torch
-from fakes import BrightSam, squares
+from fakes import BrightSam, fast_or_skip, squares
 
-from medficient_mini.fast import FastSam, to_fast
 from medficient_mini.nets.sam import build_sam
 from medficient_mini.segment import Predictor, segment_image
 
@@ -13,12 +12,7 @@ from medficient_mini.segment import Predictor, segment_image
 def l0(request):
     torch.manual_seed(0)
     model = build_sam("medficientsam_l0").eval()
-    if request.param == "plain":
-        return model
-    model = to_fast(model, "f32")
-    if not isinstance(model, FastSam):
-        pytest.skip("this torch lacks the oneDNN operators")
-    return model
+    return fast_or_skip(model) if request.param == "fast" else model
 
 
 def test_each_box_gives_its_label_and_the_later_wins():

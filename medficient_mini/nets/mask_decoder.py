@@ -44,14 +44,17 @@ class TwoWayAttentionBlock(nn.Module):
         self.cross_attn_image_to_token = Attention(WIDTH // 2)
         self.first = first           # in the first block the tokens are still their own positional encoding
 
-    def forward(self, tokens: Tensor, image: Tensor, token_pe: Tensor, image_pe: Tensor) -> tuple[Tensor, Tensor]:
-        # tokens, token_pe (N, T, 256); image (N, 4096, 256); image_pe (1, 4096, 256)
+    def attend_self(self, tokens: Tensor, token_pe: Tensor) -> Tensor:        # (N, T, 256) all three
         if self.first:
             tokens = self.self_attn(tokens, tokens, tokens)
         else:
             q = tokens + token_pe
             tokens = tokens + self.self_attn(q, q, tokens)
-        tokens = self.norm1(tokens)
+        return self.norm1(tokens)
+
+    def forward(self, tokens: Tensor, image: Tensor, token_pe: Tensor, image_pe: Tensor) -> tuple[Tensor, Tensor]:
+        # tokens, token_pe (N, T, 256); image (N, 4096, 256); image_pe (1, 4096, 256)
+        tokens = self.attend_self(tokens, token_pe)
         tokens = self.norm2(tokens + self.cross_attn_token_to_image(tokens + token_pe, image + image_pe, image))
         tokens = self.norm3(tokens + self.mlp(tokens))
         image = self.norm4(image + self.cross_attn_image_to_token(image + image_pe, tokens + token_pe, tokens))
@@ -88,6 +91,17 @@ class MaskDecoder(nn.Module):
         self.output_hypernetworks_mlps = nn.ModuleList(MLP(WIDTH, WIDTH, 32, 3) for _ in range(MASKS))
         self.iou_prediction_head = MLP(WIDTH, WIDTH, MASKS, 3)
 
+    def with_output_tokens(self, sparse: Tensor) -> Tensor:
+        """sparse (N, T, 256) -> (N, 5 + T, 256), the IoU token and the four mask tokens in front."""
+        output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])           # (5, 256)
+        return torch.cat([output_tokens.expand(len(sparse), -1, -1), sparse], dim=1)
+
+    def heads(self, tokens: Tensor, multimask: bool) -> tuple[Tensor, Tensor]:
+        """tokens (N, 5 + T, 256) -> kernels (N, M, 32) and IoU (N, M) of the M = 1 or 3 masks asked for."""
+        chosen = range(1, MASKS) if multimask else range(1)
+        kernels = torch.stack([self.output_hypernetworks_mlps[i](tokens[:, 1 + i]) for i in chosen], dim=1)
+        return kernels, self.iou_prediction_head(tokens[:, 0])[:, chosen.start:chosen.stop]
+
     def forward(self, embedding: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor,
                 multimask: bool) -> tuple[Tensor, Tensor]:
         """embedding (N or 1, 256, 64, 64), image_pe (1, 256, 64, 64), sparse (N, T, 256), dense (N or 1, 256, 64, 64).
@@ -95,14 +109,10 @@ class MaskDecoder(nn.Module):
         Returns logits (N, 1, 256, 256) and IoU (N, 1) of the single mask, or (N, 3, 256, 256) and (N, 3).
         """
         N = len(sparse)
-        output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])           # (5, 256)
-        tokens = torch.cat([output_tokens.expand(N, -1, -1), sparse], dim=1)                  # (N, 5 + T, 256)
+        tokens = self.with_output_tokens(sparse)                                              # (N, 5 + T, 256)
         image = (embedding + dense).expand(N, -1, -1, -1).flatten(2).transpose(1, 2)          # (N, 4096, 256)
         tokens, image = self.transformer(image, image_pe.flatten(2).transpose(1, 2), tokens)
         image = image.transpose(1, 2).reshape(N, WIDTH, 64, 64)
         upscaled = self.output_upscaling(image)                                               # (N, 32, 256, 256)
-        chosen = range(1, MASKS) if multimask else range(1)
-        kernels = torch.stack([self.output_hypernetworks_mlps[i](tokens[:, 1 + i]) for i in chosen], dim=1)
-        logits = (kernels @ upscaled.flatten(2)).reshape(N, len(chosen), 256, 256)
-        iou = self.iou_prediction_head(tokens[:, 0])[:, chosen.start:chosen.stop]
-        return logits, iou
+        kernels, iou = self.heads(tokens, multimask)                                          # (N, M, 32), (N, M)
+        return (kernels @ upscaled.flatten(2)).reshape(N, -1, 256, 256), iou
