@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from medficient_mini.cases import UNREADABLE, list_cases, modality_of, read_case, source_of
-from medficient_mini.draw import compare_row, save_png
-from medficient_mini.metrics import case_scores, checked_labels
-from medficient_mini.progress import progress
-from medficient_mini.report import markdown, metrics_csv, read_seconds, summary_csv, write_text
+from medficient_mini.inference.npz import UNREADABLE, list_cases, modality_of, read_case, source_of
+from medficient_mini.show.draw import compare_row, save_png
+from medficient_mini.evaluation.metrics import case_scores, checked_labels
+from medficient_mini.show.progress import progress
+from medficient_mini.evaluation.report import markdown, metrics_csv, read_seconds, summary_csv, write_text
 
 
 def parse_arguments():

@@ -17,18 +17,18 @@ from pathlib import Path
 import cv2
 import torch
 
-from medficient_mini.cases import first_line, list_cases, read_case, write_segs
-from medficient_mini.checkpoint import load_model
-from medficient_mini.draw import contact_sheet, overlay, save_png
-from medficient_mini.fast import PRECISIONS, resolve_precision, to_fast
-from medficient_mini.formats import stem_of
+from medficient_mini.inference.npz import first_line, list_cases, read_case, write_segs
+from medficient_mini.inference.checkpoint import load_model
+from medficient_mini.show.draw import contact_sheet, overlay, save_png
+from medficient_mini.cpu.fast import PRECISIONS, resolve_precision, to_fast
+from medficient_mini.userfiles.formats import stem_of
 from medficient_mini.memory import return_memory
-from medficient_mini.pick import pick, require_display
-from medficient_mini.progress import progress
-from medficient_mini.prompts import (add_prompt_options, draw_points, list_user_files, prompts_of, read_user_case,
+from medficient_mini.userfiles.pick import pick, require_display
+from medficient_mini.show.progress import progress
+from medficient_mini.userfiles.prompts import (add_prompt_options, draw_points, list_user_files, prompts_of, read_user_case,
                                      segment_points, write_user_case)
-from medficient_mini.segment import segment_image
-from medficient_mini.volume import OVERLAPS, PROPAGATIONS, segment_volume
+from medficient_mini.inference.predictor import segment_image
+from medficient_mini.inference.volume import OVERLAPS, PROPAGATIONS, segment_volume
 
 
 def parse_arguments():
@@ -38,7 +38,7 @@ def parse_arguments():
     parser.add_argument("--weights", help="checkpoint file, or lite_medsam (default: the package's own weights)")
     parser.add_argument("--decoder-weights", help="checkpoint whose prompt encoder and mask decoder complete a bare encoder")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto",
-                        help="auto: bf16 where the CPU has it, else f32; int8 needs a file of medficient_mini.quantize")
+                        help="auto: bf16 where the CPU has it, else f32; int8 needs a file of medficient_mini.cpu.quantize")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--overlay", type=Path, metavar="DIR", help="also write a picture of each case there")

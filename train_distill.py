@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from medficient_mini.checkpoint import ENCODER, load_state, load_strictly, resolve
-from medficient_mini.data import DistillDataset, embedding_path, save_embedding
-from medficient_mini.geometry import to_network
-from medficient_mini.losses import bce, dice_loss, embedding_mse
+from medficient_mini.inference.checkpoint import ENCODER, load_state, load_strictly, resolve
+from medficient_mini.training.samples import DistillDataset, embedding_path, save_embedding
+from medficient_mini.inference.geometry import to_network
+from medficient_mini.training.losses import bce, dice_loss, embedding_mse
 from medficient_mini.nets.sam import build_sam
-from medficient_mini.options import (add_common_arguments, check_size, draw_slices, make_sampler, modality_means,
+from medficient_mini.training.options import (add_common_arguments, check_size, draw_slices, make_sampler, modality_means,
                                      run_script, slices_of, split_data, start, validation_slices)
-from medficient_mini.progress import progress
-from medficient_mini.training import Trainer, read_last
+from medficient_mini.show.progress import progress
+from medficient_mini.training.trainer import Trainer, read_last
 
 STATISTICS_SLICES = 128   # training slices from which the teacher's mean and variance are taken
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from medficient_mini.checkpoint import load_model
-from medficient_mini.data import FinetuneDataset
-from medficient_mini.losses import finetune_loss
-from medficient_mini.options import (add_common_arguments, check_size, draw_slices, make_sampler, modality_means,
+from medficient_mini.inference.checkpoint import load_model
+from medficient_mini.training.samples import FinetuneDataset
+from medficient_mini.training.losses import finetune_loss
+from medficient_mini.training.options import (add_common_arguments, check_size, draw_slices, make_sampler, modality_means,
                                      run_script, slices_of, split_data, start, validation_slices)
-from medficient_mini.progress import progress
-from medficient_mini.training import Trainer
+from medficient_mini.show.progress import progress
+from medficient_mini.training.trainer import Trainer
 
 
 def parse_arguments():

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from medficient_mini.fast import FastSam, to_fast
+from medficient_mini.cpu.fast import FastSam, to_fast
 
 
 class BrightSam(torch.nn.Module):

@@ -1,0 +1,1 @@
+"""Scores as the challenge computes them, tables, and baselines without a network."""

@@ -1,0 +1,1 @@
+"""From an image or a volume and boxes to masks: reading, geometry, prediction, composition, checkpoints."""

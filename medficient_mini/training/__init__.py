@@ -1,0 +1,1 @@
+"""Both training stages: samples, losses, optimiser, loop."""

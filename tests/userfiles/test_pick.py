@@ -1,0 +1,201 @@
+"""The window behind --pick: its logic without a screen, and the whole of it on a virtual one with a scripted mouse."""
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from fakes import BrightSam
+
+from medficient_mini.inference.npz import Case
+from medficient_mini.userfiles.pick import Picker, require_display
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def bright(shape, y0, y1, x0, x1):
+    image = np.zeros(shape, np.uint8)
+    image[..., y0:y1, x0:x1] = 255
+    return image
+
+
+def image_case():
+    return Case("a.png", "US", image=np.repeat(bright((128, 200), 40, 80, 60, 120)[..., None], 3, 2))
+
+
+def drag(picker, x0, y0, x1, y1):
+    """From one image pixel to another, through the window's scale."""
+    def at(v):
+        return round((v + 0.5) * picker.scale)
+    picker.mouse(cv2.EVENT_LBUTTONDOWN, at(x0), at(y0), 0, None)
+    picker.mouse(cv2.EVENT_MOUSEMOVE, at(x1), at(y1), 0, None)
+    picker.mouse(cv2.EVENT_LBUTTONUP, at(x1), at(y1), 0, None)
+
+
+def press(picker, keys):
+    for key in keys:
+        picker.key(ord(key))
+
+
+def test_a_drag_makes_a_box_and_its_mask_at_once():
+    model = BrightSam()
+    picker = Picker(model, image_case())
+    drag(picker, 125, 85, 55, 35)                                # from the lower right corner too
+    assert np.allclose(picker.boxes, [[55, 35, 125, 85]], atol=0.5)
+    assert abs(picker.masks[0].sum() - 40 * 60) < 150
+    drag(picker, 70, 45, 300, 300)                               # beyond the border
+    assert picker.boxes[1][2:] == [199, 127] and model.encoded == 1
+    segs = picker.finish()
+    assert segs.shape == (128, 200) and set(np.unique(segs)) == {0, 1, 2} and segs[60, 100] == 2 and segs[60, 64] == 1
+    assert picker.case.boxes.shape == (2, 4)
+
+
+def test_a_click_is_no_box_and_undo_takes_the_last():
+    picker = Picker(BrightSam(), image_case())
+    drag(picker, 50, 50, 50, 50)
+    picker.mouse(cv2.EVENT_MOUSEMOVE, 10, 10, 0, None)
+    assert not picker.boxes and picker.pressed is None
+    drag(picker, 55, 35, 125, 85)
+    drag(picker, 10, 10, 50, 50)
+    press(picker, "u")
+    assert len(picker.boxes) == len(picker.masks) == len(picker.slices) == 1
+    press(picker, "uux")
+    assert not picker.boxes and picker.done is None
+    press(picker, "s")
+    assert picker.done == "save" and not picker.finish().any()
+
+
+@pytest.mark.parametrize("code", [ord("q"), 27])
+def test_quitting(code):
+    picker = Picker(BrightSam(), image_case())
+    for code_without_meaning in (-1, 81, 83):                               # none; the left and right arrow keys
+        picker.key(code_without_meaning)
+    assert picker.done is None
+    picker.key(code)
+    assert picker.done == "quit"
+
+
+@pytest.mark.parametrize("shape, longest", [((128, 200), 512), ((40, 20), 512), ((700, 300), 700), ((3000, 4000), 900)])
+def test_the_picture_fits_a_screen(shape, longest):
+    picker = Picker(BrightSam(), Case("a.png", "US", image=np.zeros((*shape, 3), np.uint8)))
+    shown = picker.render()
+    assert shown.dtype == np.uint8 and shown.shape[2] == 3 and max(shown.shape[0] - 44, shown.shape[1]) == longest
+
+
+def test_what_is_shown_follows_the_drawing():
+    picker = Picker(BrightSam(), image_case())
+    empty = picker.render()
+    picker.mouse(cv2.EVENT_LBUTTONDOWN, 100, 80, 0, None)
+    picker.mouse(cv2.EVENT_MOUSEMOVE, 340, 240, 0, None)
+    dragging = picker.render()
+    assert (dragging != empty)[80:240].any() and not picker.boxes
+    picker.mouse(cv2.EVENT_LBUTTONUP, 340, 240, 0, None)
+    changed = (picker.render() != dragging).any(2)
+    assert changed[110:200, 160:300].mean() > 0.9                # the tint of the mask
+
+
+def test_slices_of_a_volume():
+    volume = np.stack([bright((64, 64), 20, 44, 10 + 2 * z, 34 + 2 * z) for z in range(9)])
+    case = Case("v.nii", "CT", volume=volume)
+    picker = Picker(BrightSam(), case)
+    assert picker.z == 4
+    press(picker, "fl")                                          # no box yet
+    press(picker, "pp")
+    drag(picker, 10, 15, 43, 50)
+    press(picker, "pppp")
+    assert picker.z == 0
+    press(picker, "nfn" + "n" * 20)
+    assert picker.z == 8
+    press(picker, "ppl")
+    assert picker.slices == [(1, 2, 6)]
+    press(picker, "f")                                           # first stays at or before the slice drawn on
+    assert picker.slices == [(2, 2, 6)]
+    press(picker, "pppppfnnnnn")
+    segs = picker.finish()
+    assert np.allclose(case.boxes, [[10, 15, 1, 43, 50, 6]], atol=0.5) and case.start.tolist() == [2]
+    assert segs.shape == volume.shape and [bool(s.any()) for s in segs] == [False] + [True] * 6 + [False] * 2
+    assert (segs[2] > 0).sum() == picker.masks[0].sum()          # what was shown is what is saved
+    assert picker.render().shape[0] == 512 + 44
+
+
+def test_without_a_display_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    with pytest.raises(ValueError, match="^--pick: expected a screen [^\n]*$"):
+        require_display()
+    monkeypatch.setenv("DISPLAY", ":9876")                       # set, but nobody answers
+    with pytest.raises(ValueError, match="^--pick: expected a screen [^\n]*$"):
+        require_display()
+
+
+@pytest.fixture
+def screen():
+    """The environment of a virtual display."""
+    for tool in ("Xvfb", "xdotool"):
+        if not shutil.which(tool):
+            pytest.skip(f"{tool} is not installed")
+    number = next(n for n in range(90, 200) if not Path(f"/tmp/.X11-unix/X{n}").exists())
+    server = subprocess.Popen(["Xvfb", f":{number}", "-screen", "0", "1200x1000x24"], stderr=subprocess.DEVNULL)
+    environment = {**os.environ, "DISPLAY": f":{number}"}
+    environment.pop("WAYLAND_DISPLAY", None)
+    deadline = time.time() + 10
+    while not Path(f"/tmp/.X11-unix/X{number}").exists():
+        assert time.time() < deadline, "Xvfb did not start"
+        time.sleep(0.05)
+    yield environment
+    server.terminate()
+    server.wait()
+
+
+SCRIPT = """
+import sys
+import numpy as np
+sys.path.insert(0, "tests")
+from fakes import BrightSam
+from test_pick import image_case
+from medficient_mini.userfiles.pick import pick, require_display
+require_display()
+case = image_case()
+segs = pick(BrightSam(), case)
+np.savez(sys.argv[1], segs=[] if segs is None else segs, boxes=[] if segs is None else case.boxes)
+"""
+
+
+def test_on_a_virtual_screen_with_a_scripted_mouse(screen, tmp_path):
+    def xdotool(*words):
+        return subprocess.run(["xdotool", *map(str, words)], env=screen, capture_output=True, text=True, timeout=20).stdout
+
+    program = subprocess.Popen([sys.executable, "-c", SCRIPT, tmp_path / "picked.npz"], cwd=ROOT, env=screen,
+                               stderr=subprocess.PIPE, text=True)
+    try:
+        deadline, window = time.time() + 30, ""
+        while not window and program.poll() is None and time.time() < deadline:
+            time.sleep(0.1)
+            window = xdotool("search", "--name", "a.png - medficient_mini").strip()
+        assert window, program.stderr.read() if program.poll() is not None else "the window did not open"
+        time.sleep(0.5)
+        for box in ((20, 20, 60, 60), (140, 90, 318, 216)):      # window pixels, scale 2.56
+            xdotool("mousemove", "--window", window, *box[:2], "mousedown", 1)
+            for step in (0.3, 0.7, 1):
+                xdotool("mousemove", "--window", window, *(round(a + step * (b - a)) for a, b in zip(box[:2], box[2:])))
+                time.sleep(0.05)
+            xdotool("mouseup", 1)
+            time.sleep(0.3)
+            if box[0] == 20:
+                xdotool("key", "--window", window, "u")
+                time.sleep(0.2)
+        if os.environ.get("PICK_SCREENSHOT"):
+            subprocess.run(["import", "-window", "root", os.environ["PICK_SCREENSHOT"]], env=screen)
+        xdotool("key", "--window", window, "s")
+        assert program.wait(20) == 0, program.stderr.read()
+    finally:
+        program.kill()
+    with np.load(tmp_path / "picked.npz") as picked:
+        scale = 512 / 200
+        assert np.allclose(picked["boxes"], np.array([[140, 90, 318, 216]]) / scale - 0.5, atol=0.8)
+        assert abs(int((picked["segs"] == 1).sum()) - 40 * 60) < 150
