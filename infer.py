@@ -22,7 +22,7 @@ from medficient_mini.inference.checkpoint import load_model
 from medficient_mini.show.draw import contact_sheet, overlay, save_png
 from medficient_mini.cpu.fast import PRECISIONS, resolve_precision, to_fast
 from medficient_mini.userfiles.formats import stem_of
-from medficient_mini.memory import return_memory
+from medficient_mini.machine import return_memory
 from medficient_mini.userfiles.pick import pick, require_display
 from medficient_mini.show.progress import progress
 from medficient_mini.userfiles.prompts import (add_prompt_options, draw_points, list_user_files, prompts_of, read_user_case,

@@ -17,23 +17,12 @@ from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .decoder import FastDecoder
+from ..machine import native_bf16
 from ..nets.efficientvit import ConvLayer, EfficientViTSam, LiteMLA
 from ..nets.sam import Sam
 from ..nets.tinyvit import ConvBN, MBConv, TinyViT
 
 PRECISIONS = ("auto", "f32", "bf16", "int8")
-
-
-def native_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 itself: AVX512-BF16 or AMX, or the bf16 extension of Arm."""
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    if any(getattr(torch.cpu, probe, bool)() for probe in probes):            # bool() is False
-        return True
-    try:
-        with open("/proc/cpuinfo") as file:
-            return any(line.startswith("Features") and " bf16" in line for line in file)      # Arm's name for the flags
-    except OSError:
-        return False
 
 
 def resolve_precision(precision: str = "auto") -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..files import whole_file
-from ..memory import return_memory
+from ..machine import return_memory
 from ..nets.sam import NETWORKS, Sam, build_sam
 from .packing import expand_state
 

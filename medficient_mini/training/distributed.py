@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+from ..machine import native_bf16
+
 
 class World:
     """This process among `size` of them. `device` "auto": its own GPU, else the CPU; `amp` "auto" or "off".
@@ -39,7 +41,7 @@ class World:
             # The others wait while the first one unpacks volumes or the slowest one computes its embeddings.
             dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=1))
             atexit.register(dist.destroy_process_group)
-        self.bf16 = amp != "off" and (torch.cuda.is_bf16_supported(including_emulation=False) if gpu else cpu_has_bf16())
+        self.bf16 = amp != "off" and (torch.cuda.is_bf16_supported(including_emulation=False) if gpu else native_bf16())
 
     @property
     def first(self):
@@ -100,12 +102,6 @@ class World:
         yield
         if self.first:
             self.wait()
-
-
-def cpu_has_bf16():
-    """Whether the CPU multiplies bfloat16 matrices in hardware; elsewhere autocast is slower than float32."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") or capabilities.get("bf16"))
 
 
 class _SumOverProcesses(torch.autograd.Function):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .samples import EpochSampler, balance_weights, list_slices, scan_cases, split_cases
-from ..memory import keep_memory
+from ..machine import keep_memory
 from .distributed import World
 from .volume_cache import SliceCache
 

@@ -1,5 +1,19 @@
-"""Two hints to glibc's allocator; other C libraries do without."""
+"""What differs from machine to machine: whether the CPU has bfloat16, and two hints to glibc's allocator."""
 import ctypes
+
+import torch
+
+
+def native_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices itself (AVX512-BF16, AMX, or Arm's bf16 extension)."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    if any(getattr(torch.cpu, probe, bool)() for probe in probes):            # bool() is False
+        return True
+    try:
+        with open("/proc/cpuinfo") as file:
+            return any(line.startswith("Features") and " bf16" in line for line in file)      # Arm's name for the flags
+    except OSError:
+        return False
 
 
 def keep_memory() -> None:
