@@ -6,69 +6,100 @@ import numpy as np
 import torch
 
 from ..inference.geometry import box_of_mask, boxes_to_network, scaled_size
-
-
-@dataclass(frozen=True)
-class Move:
-    """What augmentation did: flips, whether shift-scale-rotate followed, the image's size over the original's."""
-    flip: tuple[bool, bool] = (False, False)  # horizontal, vertical
-    affine: bool = False
-    factor: float = 1.0
+from ..inference.volume import section_boxes
 
 
 def augment(image, labels, rng, mode, limit):
-    """Move image uint8 (H, W[, 3]) and labels int (H, W) or None together; returns image, labels, Move.
+    """Move an image and its labels together.
 
-    mode "none"; "flips" (each axis with p 0.5); "full" (flips, then with p 0.5 shift by up to 0.0625 of the side,
-    scale by 0.8 to 1.2 and rotate by up to 90 degrees: MedficientSAM, Sec. 3.3). Before shift-scale-rotate an image
-    is shrunk to `limit` pixels on its longer side, more than any network sees of it.
+    Args:
+        image: uint8 (H, W) or (H, W, 3).
+        labels: integers (H, W).
+        rng: numpy's random generator.
+        mode: "none"; "flips", of each axis with probability 0.5; or "full", flips and then, with probability 0.5, a
+            shift by up to 0.0625 of the side, a scale of 0.8 to 1.2 and a rotation by up to 90 degrees
+            (MedficientSAM, section 3.3).
+        limit: before shift-scale-rotate an image is shrunk to so many pixels on its longer side, more than any
+            network sees of it.
+
+    Returns:
+        image, labels: moved.
+        flip: whether they were flipped (horizontally, vertically), None where they were rotated too.
     """
     if mode == "none":
-        return image, labels, Move()
-    horizontal, vertical = (bool(x) for x in rng.random(2) < 0.5)
-    step = (slice(None, None, -1 if vertical else 1), slice(None, None, -1 if horizontal else 1))
-    image = np.ascontiguousarray(image[step])
-    labels = None if labels is None else np.ascontiguousarray(labels[step])
+        return image, labels, (False, False)
+    flip = tuple((rng.random(2) < 0.5).tolist())
+    axes = tuple(np.flatnonzero(flip[::-1]))                                   # rows are axis 0
+    image, labels = np.ascontiguousarray(np.flip(image, axes)), np.ascontiguousarray(np.flip(labels, axes))
     if mode == "flips" or rng.random() >= 0.5:
-        return image, labels, Move((horizontal, vertical))
-    longest = max(image.shape[:2])
-    factor = min(1.0, limit / longest)
-    if factor < 1:
-        height, width = scaled_size(*image.shape[:2], limit)
+        return image, labels, flip
+    if max(labels.shape) > limit:
+        height, width = scaled_size(*labels.shape, limit)
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-        if labels is not None:
-            labels = cv2.resize(labels.astype(np.int32), (width, height), interpolation=cv2.INTER_NEAREST)
-    image, labels = shift_scale_rotate(image, labels, rng)
-    return image, labels, Move((horizontal, vertical), True, factor)
+        labels = cv2.resize(labels.astype(np.int32), (width, height), interpolation=cv2.INTER_NEAREST)
+    return *shift_scale_rotate(image, labels, rng), None
 
 
 def shift_scale_rotate(image, labels, rng):
-    """One draw of the affine part of `augment`; what comes in from outside the image has its darkest value."""
-    from torchvision import tv_tensors
-    from torchvision.transforms import v2
+    """Draw and apply the affine part of `augment`; what comes in from outside the image has its darkest value."""
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2.functional import affine
 
-    height, width = image.shape[:2]
-    move = dict(angle=float(rng.uniform(-90, 90)), scale=float(rng.uniform(0.8, 1.2)), shear=[0.0, 0.0],
-                translate=[float(rng.uniform(-0.0625, 0.0625)) * width, float(rng.uniform(-0.0625, 0.0625)) * height])
-    pixels = tv_tensors.Image(torch.from_numpy(image.reshape(height, width, -1)).permute(2, 0, 1))
+    height, width = labels.shape
+    move = dict(angle=rng.uniform(-90, 90), scale=rng.uniform(0.8, 1.2), shear=[0.0, 0.0],
+                translate=[rng.uniform(-0.0625, 0.0625) * width, rng.uniform(-0.0625, 0.0625) * height])
+    pixels = torch.from_numpy(image.reshape(height, width, -1)).permute(2, 0, 1)              # (3, H, W)
     # The darkest value and not 0: a new minimum would change the contrast that min-max scaling gives the image.
-    moved = v2.functional.affine(pixels, interpolation=v2.InterpolationMode.BILINEAR, fill=float(image.min()), **move)
+    moved = affine(pixels, interpolation=InterpolationMode.BILINEAR, fill=float(image.min()), **move)
     # Interpolation mixes the border with 0 first: hence the maximum.
-    image = np.maximum(np.ascontiguousarray(moved.permute(1, 2, 0).numpy().reshape(image.shape)), image.min())
-    if labels is not None:
-        mask = tv_tensors.Mask(torch.from_numpy(labels.astype(np.int32))[None])
-        labels = v2.functional.affine(mask, interpolation=v2.InterpolationMode.NEAREST, fill=0, **move)[0].numpy()
-    return image, labels
+    image = np.maximum(moved.permute(1, 2, 0).numpy().reshape(image.shape), image.min(), order="C")
+    labels = torch.from_numpy(labels.astype(np.int32))[None]
+    return image, affine(labels, interpolation=InterpolationMode.NEAREST, **move)[0].numpy()
+
+
+def photometric(image, rng):
+    """Change how bright, contrasted, sharp and noisy an image is, its colours, or swap black and white of a grey one.
+
+    Clinics' devices differ in just that. Three of ten images are returned as they are, the same array.
+
+    Args:
+        image: uint8 (H, W) or (H, W, 3) RGB.
+        rng: numpy's random generator.
+
+    Returns:
+        uint8 of the same shape; its range of values is spread to 0-255 first.
+    """
+    if rng.random() < 0.3:
+        return image
+    grey = image.ndim == 2 or (image == image[..., :1]).all()
+    x = cv2.normalize(image, None, 0, 1, cv2.NORM_MINMAX, cv2.CV_32F)
+    if rng.random() < 0.5:
+        x **= np.exp(rng.uniform(-0.5, 0.5))                                   # gamma
+    if rng.random() < 0.4:
+        x = (x - 0.5) * np.exp(rng.uniform(-0.35, 0.35)) + 0.5 + rng.uniform(-0.15, 0.15)
+    if grey and rng.random() < 0.1:
+        x = 1 - x
+    elif not grey and rng.random() < 0.5:
+        x = cv2.cvtColor(x.clip(0, 1).astype(np.float32), cv2.COLOR_RGB2HSV)   # hue in degrees, the others 0 to 1
+        x[..., 0] = (x[..., 0] + rng.uniform(-15, 15)) % 360
+        x[..., 1] *= np.exp(rng.uniform(-0.5, 0.5))
+        x = cv2.cvtColor(x, cv2.COLOR_HSV2RGB)
+    if rng.random() < 0.2:
+        x = cv2.GaussianBlur(x, (0, 0), rng.uniform(0.3, 1.5))
+    if rng.random() < 0.2:
+        noise = rng.normal(0, rng.uniform(0.005, 0.05), image.shape[:2])
+        x = x + (noise if image.ndim == 2 else noise[..., None])
+    return (x.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 def mask_to_network(mask, size):
-    """bool (H, W) -> uint8 (size, size) of 0 and 1: resized as the image is, zeros to the right and below.
+    """Resize a mask bool (H, W) as its image is, to uint8 (size, size) of 0 and 1 with zeros to the right and below.
 
-    A pixel is set where at least half of it is covered; of a structure thinner than a pixel the most covered
-    pixels stay, so that a non-empty mask stays non-empty.
+    A pixel is set where at least half of it is covered. Of a structure thinner than a pixel those that are covered
+    most are set, so that a mask that is not empty stays so.
     """
     height, width = scaled_size(*mask.shape, size)
-    shrinks = height < mask.shape[0]
+    shrinks = max(mask.shape) > size
     cover = cv2.resize(mask.astype(np.float32), (width, height),
                        interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     out = np.zeros((size, size), np.uint8)
@@ -76,56 +107,83 @@ def mask_to_network(mask, size):
     return out
 
 
-def loose_box(mask, rng, shift=5, jitter=0.0, factor=1.0):
-    """float64 (4,) x_min, y_min, x_max, y_max round a non-empty bool (H, W), inside the image.
-
-    Each side of the tight box moves outward by 0 ... `shift` whole pixels of the original image (`factor` of them
-    make one pixel of this one), then either way by up to `jitter` (< 0.5) of the box's side.
-    """
-    height, width = mask.shape
-    box = box_of_mask(mask)
-    side = np.tile(box[2:] - box[:2] + 1, 2)
-    box += np.array([-1, -1, 1, 1]) * rng.integers(0, shift + 1, 4) * factor
-    box += rng.uniform(-jitter, jitter, 4) * side
-    return np.clip(box, 0, [width - 1, height - 1] * 2)
-
-
 @dataclass(frozen=True)
 class Objects:
-    """How the objects of a slice become prompts and targets; `prompt_size` is the side of the boxes' frame."""
+    """How the objects of a slice become prompts and targets: at most `count` of them, in random order.
+
+    Boxes are given in pixels of a square of `prompt_size`, masks in one of `mask_size`, as the image is scaled and
+    padded to it. Each side of a tight box moves outward by 0 to `shift` whole pixels of the original image, then
+    either way by up to `jitter` (below 0.5) of the box's side, and stays inside the image.
+    """
     count: int
     mask_size: int
     prompt_size: int
     shift: int = 5
     jitter: float = 0.0
 
-    def draw(self, labels, rng, factor):
-        """Up to `count` different labels of an int (H, W) or None, in random order, the rest of the rows zero.
+    def draw(self, labels, rng, factor=1.0):
+        """Prompt the objects of an image with their own loosened boxes.
 
-        boxes (count, 4) float32, masks (count, mask_size, mask_size) uint8, box_valid (count,) bool.
+        Args:
+            labels: integers (H, W), 0 for the background.
+            rng: numpy's random generator.
+            factor: so many pixels of `labels` are one of the original image.
+
+        Returns:
+            dict of boxes (count, 4) float32, x0 y0 x1 y1, masks (count, mask_size, mask_size) uint8 and box_valid
+            (count,) bool; the rows that are not valid are zero.
         """
-        boxes = torch.zeros(self.count, 4)
-        masks = np.zeros((self.count, self.mask_size, self.mask_size), np.uint8)
-        valid = torch.zeros(self.count, dtype=torch.bool)
-        values = [] if labels is None else np.flatnonzero(np.bincount(labels.ravel()))
-        values = rng.permutation([value for value in values if value > 0])[:self.count]
-        for row, value in enumerate(values):
-            mask = labels == value
-            box = loose_box(mask, rng, self.shift, self.jitter, factor)
-            boxes[row] = boxes_to_network(box[None], *mask.shape, self.prompt_size)[0]
-            masks[row] = mask_to_network(mask, self.mask_size)
-            valid[row] = True
-        return {"boxes": boxes, "masks": torch.from_numpy(masks), "box_valid": valid}
+        values = rng.permutation(np.flatnonzero(np.bincount(labels.ravel())[1:]) + 1)[:self.count]
+        boxes = [self.loosen(box_of_mask(labels == value), labels.shape, rng, factor) for value in values]
+        return self._targets(labels, values, boxes)
+
+    def draw_in_use(self, labels, rng, objects, z, flip):
+        """Prompt the objects of slice z of a volume as inference does, by `section_boxes` of their loosened boxes.
+
+        In z a box is loosened by up to one slice: where it reaches beyond its object the right answer is an empty
+        mask. In a slice without any label all boxes reach so far.
+
+        Args:
+            labels: integers (H, W) of the slice, flipped.
+            rng: numpy's random generator.
+            objects: int (N, 7), label and tight box x0 y0 z0 x1 y1 z1 of the volume's objects, not flipped.
+            z: the slice.
+            flip: whether the slice was flipped (horizontally, vertically).
+
+        Returns:
+            dict as that of `draw`.
+        """
+        values, boxes = objects[:, 0], objects[:, 1:].astype(float)
+        boxes[:, [2, 5]] += np.array([-1, 1]) * (rng.integers(0, 2, (len(boxes), 2)) if labels.any() else 1)
+        here = rng.permutation(np.flatnonzero((boxes[:, 2] <= z) & (z <= boxes[:, 5])))[:self.count]
+        boxes = boxes[here]
+        boxes[:, [0, 1, 3, 4]] = self.loosen(boxes[:, [0, 1, 3, 4]], labels.shape, rng)
+        prompts = section_boxes(boxes, z)
+        for axis, length in enumerate(labels.shape[::-1]):
+            if flip[axis]:
+                prompts[:, [axis, axis + 2]] = length - 1 - prompts[:, [axis + 2, axis]]
+        return self._targets(labels, values[here], prompts)
+
+    def loosen(self, boxes, shape, rng, factor=1.0):
+        """Move the sides of tight boxes (..., 4), x0 y0 x1 y1, in an image of shape (H, W) at random."""
+        side = np.tile(boxes[..., 2:] - boxes[..., :2] + 1, 2)
+        boxes = boxes + np.array([-1, -1, 1, 1]) * rng.integers(0, self.shift + 1, boxes.shape) * factor
+        boxes += rng.uniform(-self.jitter, self.jitter, boxes.shape) * side
+        return np.clip(boxes, 0, [shape[1] - 1, shape[0] - 1] * 2)
+
+    def _targets(self, labels, values, boxes):
+        targets = {"boxes": torch.zeros(self.count, 4),
+                   "masks": torch.zeros(self.count, self.mask_size, self.mask_size, dtype=torch.uint8),
+                   "box_valid": torch.arange(self.count) < len(values)}
+        for row, (value, box) in enumerate(zip(values, boxes)):
+            targets["boxes"][row] = boxes_to_network(box[None], *labels.shape, self.prompt_size)[0]
+            targets["masks"][row] = torch.from_numpy(mask_to_network(labels == value, self.mask_size))
+        return targets
 
 
-def draw_augmented(image, labels, rng, mode, limit, objects):
-    """`augment`, then objects (None: no objects); returns image, Move, dict of boxes, masks and box_valid.
-
-    Augmentation that moves every object out of the picture is drawn again, in the end left out.
-    """
-    labelled = objects is not None and labels is not None and bool(labels.any())
+def draw_augmented(image, labels, rng, mode, limit):
+    """Apply `augment`; what moves every object out of the picture is drawn again, and left out after nine attempts."""
     for attempt in range(10):
-        moved, moved_labels, move = augment(image, labels, rng, mode if attempt < 9 else "none", limit)
-        if not labelled or moved_labels.any():
-            break
-    return moved, move, {} if objects is None else objects.draw(moved_labels, rng, move.factor)
+        moved = augment(image, labels, rng, mode if attempt < 9 else "none", limit)
+        if moved[1].any() or not labels.any():
+            return moved

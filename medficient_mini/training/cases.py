@@ -1,0 +1,152 @@
+"""Training cases: find the NPZ files, split them by patient, list their slices, balance them.
+
+A case is the npz.Header of one NPZ file; a slice is (index of the case, z), with z = 0 for a 2D image.
+"""
+import re
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+
+from ..inference.names import PREFIX, patient_of
+from ..inference.npz import list_cases, read_header
+from ..show.progress import progress
+
+
+def scan_cases(folder, strict=False, need_masks=False):
+    """Find all training cases under a folder, subfolders included, from the headers of the NPZ files alone.
+
+    Args:
+        folder: where the files are, or one file.
+        strict: stop at a bad file instead of leaving it out with one line on stderr.
+        need_masks: take a file without `gts` for bad.
+
+    Returns:
+        list of npz.Header, sorted by path.
+
+    Raises:
+        ValueError: one line; no case is left, or one is bad and `strict` is set.
+    """
+    paths = list_cases(folder)
+    headers = _each(partial(read_header, need_gts=need_masks), paths, "checking cases", strict)
+    if not any(headers):
+        raise ValueError(f"{folder}: expected a usable case, found none among {len(paths)} NPZ files")
+    return [header for header in headers if header]
+
+
+def _each(function, items, label, strict):
+    """[function(item), …], computed in threads; None where it raised ValueError, which costs a line on stderr."""
+    def attempt(item):
+        try:
+            return function(item), None
+        except ValueError as error:
+            return None, error
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(progress(pool.map(attempt, items), len(items), label))
+    for _, error in results:
+        if error and strict:
+            raise error
+        if error:
+            print(error, file=sys.stderr)
+    return [result for result, _ in results]
+
+
+def split_cases(cases, val_fraction, seed, patient_pattern=None):
+    """Keep part of the patients for validation, in every modality alike.
+
+    Each modality gives `val_fraction` of its patients, rounded, but at least one, and keeps at least one. Where all
+    cases are of one patient they are split one by one.
+
+    Args:
+        cases: list of npz.Header.
+        val_fraction: 0 to 1.
+        seed: the same cases and seed give the same split.
+        patient_pattern: a regular expression for `patient_of`; without one the patient is guessed from the file name.
+
+    Returns:
+        training cases, validation cases: lists; both hold a case if there are two.
+
+    Raises:
+        ValueError: one line; the pattern does not match a name.
+    """
+    patients = {}
+    for case in cases:
+        patients.setdefault(patient_of(case.path, patient_pattern), []).append(case)
+    if len(patients) == 1:
+        patients = {case.path: [case] for case in cases}
+    modalities = {key: {case.modality for case in group} for key, group in patients.items()}
+    in_training = Counter(modality for key in patients for modality in modalities[key])
+    keys, chosen = list(patients), set()
+    order = [keys[i] for i in np.random.default_rng(seed).permutation(len(keys))]
+    for modality, count in sorted(in_training.items()):
+        kept = count - max(1, int(count * val_fraction + 0.5))
+        for key in order:
+            is_last = min(in_training[other] for other in modalities[key]) < 2
+            if modality in modalities[key] and not is_last and key not in chosen and in_training[modality] > kept:
+                chosen.add(key)
+                in_training.subtract(modalities[key])
+    if not chosen:                                                             # each modality has but one patient
+        chosen.update(order[1:2])
+    sides = [], []
+    for key, group in patients.items():
+        sides[key in chosen].extend(group)
+    return sides
+
+
+def describe_patients(cases, patient_pattern=None):
+    """Return "N patients in M cases", with a warning where the guess seems to have taken slices for patients."""
+    count = len({patient_of(case.path, patient_pattern) for case in cases})
+    line, alike = f"{count} patients in {len(cases)} cases", {}
+    for case in cases:
+        beginning = re.sub(r"([-_ ][^-_ ]*|\d+)$", "", PREFIX.sub("", case.name))
+        alike.setdefault(beginning, []).append(case.name)
+    pairs = [names[:2] for beginning, names in alike.items() if beginning and len(names) > 1]
+    if count == len(cases) and pairs and patient_pattern is None:
+        line += (f"; warning: each case counts as a patient, though names begin alike ({' and '.join(pairs[0])}): if "
+                 "those are of one patient, say so with --patient REGEX, or validation sees patients of training")
+    return line
+
+
+def list_slices(cases, cache, labelled_only, strict=False):
+    """List the slices of all cases in order.
+
+    Args:
+        cases: list of npz.Header.
+        cache: the SliceCache, which then holds every volume if `labelled_only` is set.
+        labelled_only: leave out the slices, and 2D images, that hold no label.
+        strict: stop at a case that cannot be read instead of leaving it out with one line on stderr.
+
+    Returns:
+        list of (index of the case, z).
+    """
+    if labelled_only:
+        found = [objects[0] if objects else [] for objects in _each(cache.objects, cases, "reading labels", strict)]
+    else:
+        found = [range(case.shape[0] if case.is_3d else 1) for case in cases]
+    return [(index, z) for index, slices in enumerate(found) for z in slices]
+
+
+def with_neighbours(cases, slices):
+    """Add the slices just above and below the given ones of volumes; with `in_use` they teach where an object ends."""
+    near = {(index, z + step) for index, z in slices for step in (-1, 1) if cases[index].is_3d}
+    near = {(index, z) for index, z in near if 0 <= z < cases[index].shape[0]}
+    return sorted(near.union(slices))
+
+
+def balance_weights(cases, slices, power=0.5):
+    """Weigh slices so that modality, then case, then slice is drawn, and volumes do not drown images.
+
+    A modality is drawn with probability proportional to (its number of cases) ** power (1: as it comes, 0: all
+    modalities alike), within it every case alike, within a case every slice alike.
+
+    Returns:
+        float64 (number of slices,), summing to 1.
+    """
+    slices_of = Counter(index for index, _ in slices)
+    cases_of = Counter(cases[index].modality for index in slices_of)
+    total = sum(count ** power for count in cases_of.values())
+    share = {modality: count ** (power - 1) / total for modality, count in cases_of.items()}
+    return np.array([share[cases[index].modality] / slices_of[index] for index, _ in slices])
