@@ -1,15 +1,48 @@
-"""The few lines that every room shares: writing a file whole or not at all, and the one line of an error."""
+"""The few lines that every room shares: finding files, writing one whole or not at all, the one line of an error."""
 import os
+import sys
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def list_files(path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Return the files with these endings in a folder and its subfolders, sorted, or the one file itself.
+
+    Linked folders are followed, each folder once. Hidden files are left out: they are half-written outputs, of ours
+    or of a copying tool. A subfolder that may not be read costs a line on stderr.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    path, found, seen = Path(path), [], set()
+    if path.is_file() and path.name.lower().endswith(suffixes):
+        return [path]
+    if not path.is_dir():
+        raise ValueError(f"{path}: expected a folder or a file that ends in {', '.join(suffixes)}, "
+                         f"found {'another file' if path.exists() else 'nothing of that name'}")
+
+    def complain(error):
+        print(f"{error.filename}: expected a folder to read, found: {error.strerror}", file=sys.stderr)
+
+    for folder, subfolders, names in os.walk(path, onerror=complain, followlinks=True):
+        subfolders.sort()
+        if os.path.realpath(folder) in seen:             # a link back to where the walk has been
+            subfolders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        found += [Path(folder, name) for name in names if name.lower().endswith(suffixes) and name[0] != "."]
+    found = sorted(file for file in found if file.is_file())
+    if not found:
+        raise ValueError(f"{path}: expected files that end in {', '.join(suffixes)} in this folder, found none")
+    return found
 
 
 @contextmanager
 def whole_file(path):
     """Give a temporary Path beside `path` that becomes it when the block ends well and vanishes when it does not.
 
-    The folder is made if need be. The temporary name starts with a dot, which hides it from `list_cases`, and keeps
+    The folder is made if need be. The temporary name starts with a dot, which hides it from `list_files`, and keeps
     the suffix, since some writers choose the format by it. It holds nothing else of the name, so that a name of the
     greatest length can be written, and differs from call to call, so that threads may write the same path: the one
     that ends last stays.
