@@ -34,7 +34,7 @@ class Case:
 
     The other fields serve users' own files: `points` float64 (P, 2), x y, with `point_labels` (P,), 1 on the object
     and 0 beside it; `drawn_slice` int (N,), the slice of a volume that each box was drawn on; `intensity`, how
-    numbers became 0–255, in words; `grid`, the place of a NIfTI file's voxels.
+    numbers became 0–255, in words; `grid`, where a NIfTI file's voxels lie.
     """
     name: str
     modality: str
@@ -93,8 +93,6 @@ def source_of(name) -> str:
     return f"{match[2]} {match[3]}" if match and match[3] else modality_of(name)
 
 
-# ------------------------------------------------------------------------------------------------------- reading
-
 def read_case(path, need_boxes: bool = True, need_gts: bool = False, z_exclusive: bool = False) -> Case:
     """Read and check one case.
 
@@ -134,7 +132,7 @@ def read_case(path, need_boxes: bool = True, need_gts: bool = False, z_exclusive
 def read_header(path, need_gts: bool = False) -> Header:
     """Describe one case from the headers in its file alone, with the checks and messages of `read_case`.
 
-    `gts` are checked where there are any. ValueError, one line, for a bad file, or one without `gts` if need_gts.
+    `gts` are checked where there are any. ValueError for a bad file, and for one without `gts` if need_gts.
     """
     path = Path(path)
     with _open(path, "imgs", *need_gts * ["gts"]) as arrays:
@@ -169,10 +167,10 @@ def _open(path: Path, *needed: str):
         with zipfile.ZipFile(path) as archive:
             members = {info.filename: info for info in archive.infolist()}
             arrays = {name: _Array(archive, members[f"{name}.npy"], name) for name in FIELDS if f"{name}.npy" in members}
-            for name in needed:
-                if name not in arrays:
-                    found = ", ".join(arrays) or "an empty archive"
-                    raise FieldError(f"{name}: expected this array, found only {found}")
+            missing = [name for name in needed if name not in arrays]
+            if missing:
+                found = ", ".join(arrays) or "an empty archive"
+                raise FieldError(f"{missing[0]}: expected this array, found only {found}")
             yield arrays
     except FieldError as error:
         raise ValueError(f"{path.name}: {error}") from None
@@ -204,7 +202,7 @@ class _Array:
         """Yield (position, numbers) in the order of the file."""
         count = math.prod(self.shape)
         with self.archive.open(self.member) as stream:
-            stream.seek(self.offset)
+            stream.read(self.offset)         # not seek, after which newer Pythons check no checksum
             for start in range(0, count, PIECE):
                 wanted = min(PIECE, count - start) * self.dtype.itemsize
                 data = stream.read(wanted)
@@ -228,10 +226,7 @@ class _Array:
 
 
 def _describe(path: Path, arrays: dict[str, _Array], labels: str) -> Header:
-    """Tell from the headers what a case is, after checking those of `imgs` and, where there are any, of the labels.
-
-    A file of labels alone is told by the labels' own shape.
-    """
+    """Check the headers of `imgs` and of the labels of that name, where there are any; either may be absent."""
     targets, boxes = arrays.get(labels), arrays.get("boxes")
     pixels = arrays.get("imgs", targets)
     shape, match = pixels.shape, NAME.match(path.name)
@@ -245,11 +240,9 @@ def _describe(path: Path, arrays: dict[str, _Array], labels: str) -> Header:
     else:
         is_3d = len(shape) >= 3
     if is_3d:
-        wanted = "(D, H, W), or (D, H, W, 3) of imgs, for a volume"
-        fits = len(shape) == 3 or len(shape) == 4 and shape[-1] == 3
+        fits, wanted = len(shape) == 3 or len(shape) == 4 and shape[-1] == 3, "(D, H, W[, 3]) of a volume"
     else:
-        wanted = "(H, W), or (H, W, 3) of imgs, for an image"
-        fits = len(shape) == 2 or len(shape) == 3 and has_channels
+        fits, wanted = len(shape) == 2 or len(shape) == 3 and has_channels, "(H, W[, 3]) of an image"
     if not fits or min(shape) < 1:
         raise FieldError(f"{pixels.name}: expected shape {wanted}, found {shape}")
     if pixels.name == "imgs" and pixels.dtype.kind not in "iuf":
@@ -298,17 +291,12 @@ def _read_spacing(array: _Array) -> np.ndarray:
     raise FieldError(f"spacing: expected three positive numbers (z, y, x in mm), found {found}")
 
 
-# ------------------------------------------------------------------------------------------------------- writing
-
 def write_segs(path, segs: np.ndarray, **extra) -> None:
-    """Write labels (H, W) or (D, H, W) as `segs`, uint8 or, where a label is above 255, uint16, with `extra` arrays.
-
-    The file is whole or absent. OSError where it cannot be written.
-    """
+    """Write labels (H, W) or (D, H, W) as `segs`, uint8 or, where a label is above 255, uint16, with `extra` arrays."""
     write_npz(path, segs=segs.astype(np.min_scalar_type(int(segs.max(initial=0))), copy=False), **extra)
 
 
 def write_npz(path, **arrays) -> None:
-    """Write a compressed NPZ file whole or not at all, in a folder made if need be."""
+    """Write a compressed NPZ file whole or not at all, in a folder made if need be. OSError where that fails."""
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **arrays)
