@@ -3,7 +3,7 @@ import cv2
 import numpy as np
 import pytest
 
-from medficient_mini.show.draw import colours, compare_row, contact_sheet, contours, curves, overlay, save_png, ticks
+from medficient_mini.show.draw import colours, compare_row, contact_sheet, contours, curves, overlay, save_png, sheet
 
 
 def disc(shape, centre, radius):
@@ -11,7 +11,7 @@ def disc(shape, centre, radius):
     return (y - centre[0]) ** 2 + (x - centre[1]) ** 2 <= radius ** 2
 
 
-@pytest.mark.parametrize("shape", [(40, 60), (40, 60, 3), (600, 30)])
+@pytest.mark.parametrize("shape", [(40, 60), (40, 60, 1), (600, 30, 3)])
 def test_overlay_tints_masks_and_draws_box_edges(shape):
     image, segs = np.full(shape, 100, np.uint8), np.zeros(shape[:2], np.int32)
     segs[10:20, 5:15], segs[10:20, 15:25] = 1, 2
@@ -21,6 +21,7 @@ def test_overlay_tints_masks_and_draws_box_edges(shape):
     assert (image == 100).all(), "the input must not be drawn into"
     at = lambda y, x: picture[int((y + 0.5) * scale), int((x + 0.5) * scale)].astype(int)
     assert (at(35, 27) == 100).all()
+    assert colours(2)[1].tolist() == [55, 255, 55] and np.argmax(at(15, 10)) == 1, "label 1 is green"
     assert abs(at(15, 10) - (0.65 * 100 + 0.35 * colours(3)[1])).max() <= 1
     assert abs(at(15, 20) - (0.65 * 100 + 0.35 * colours(3)[2])).max() <= 1
     assert (picture[30 * scale + scale - 1, 2 * scale] == colours(3)[2]).all(), "the box holds its corner pixels"
@@ -53,7 +54,7 @@ def test_compare_row_puts_truth_and_prediction_in_their_panels():
     image = np.zeros((64, 64), np.uint8)
     gts, segs = disc((64, 64), (20, 20), 10).astype(np.uint8), disc((64, 64), (44, 44), 10).astype(np.uint8)
     row = compare_row(image, gts, segs, "x" * 400 + " μ")
-    assert row.shape == (24 + 320, 3 * 320 + 8, 3)
+    assert row.shape == (24 + 320, 3 * 324, 3)
     green = (row[24:] == colours(2)[1]).all(-1)
     assert not green[:, :320].any()
     y, x = np.nonzero(green)
@@ -66,25 +67,27 @@ def test_colours_of_neighbouring_labels_differ():
     assert (table[0] == 0).all() and (np.abs(np.diff(table[1:], axis=0)).sum(-1) > 100).all()
 
 
-@pytest.mark.parametrize("low, high", [(0, 1), (1e-4, 1e-4), (0, 0), (-3.2, 17), (5000, 5001), (0.123, 0.1234)])
-def test_ticks_cover_the_range_evenly(low, high):
-    found = ticks(low, high)
-    assert 3 <= len(found) <= 9 and found[0] <= low + 1e-12 and found[-1] >= high - 1e-12
-    assert np.allclose(np.diff(found), found[1] - found[0])
-
-
 def test_curves_draw_what_there_is(tmp_path):
     nan = float("nan")
     path = tmp_path / "new" / "curves.png"
-    curves({"loss": [1.0, 0.5, 0.2, 0.1], "dsc": [nan, 0.5, nan, 0.7], "none": [nan] * 4, "lr": [1e-4] * 4},
+    curves({"loss": [1.0, 0.5, 0.2, 0.1], "dsc": [nan, 0.5, nan, 0.7], "none": [nan] * 4, "lr": [-1e-4] * 4},
            [0, 10, 20, 30], path)
     picture = cv2.imread(str(path))
     assert picture.shape == (600, 1560, 3)
-    blue = (picture.reshape(2, 300, 3, 520, 3)[..., 2] < 60) & (picture.reshape(2, 300, 3, 520, 3)[..., 0] > 150)
+    panels = picture.reshape(2, 300, 3, 520, 3)
+    blue = (panels[..., 2] < 60) & (panels[..., 0] > 150)                     # (2, 300, 3, 520)
     assert blue.any((1, 3)).ravel().tolist() == [True, True, False, True, False, False]
-    curves({"loss": []}, [], path)
-    curves({}, [], path)
-    assert [p.name for p in path.parent.iterdir()] == ["curves.png"]
+    loss = np.argwhere(blue[0, :, 0])
+    assert loss[loss[:, 1].argmin(), 0] < 60 and loss[loss[:, 1].argmax(), 0] > 240, "from above left to below right"
+    assert np.argwhere(blue[0, :, 1])[:, 1].min() > 150, "the axis is the same in all panels"
+    curves({"loss": [0.5]}, [10], path)
+    curves({}, [], tmp_path / "nothing.png")
+    assert [p.name for p in path.parent.iterdir()] == ["curves.png"] and not (tmp_path / "nothing.png").exists()
+
+
+def test_sheet_fills_short_rows():
+    pictures = [np.zeros((4, width, 3), np.uint8) for width in (5, 7, 3)]
+    assert sheet(pictures, 1).shape == (12, 7, 3) and (sheet(pictures, 2, fill=9)[4:, 3:] == 9).all()
 
 
 def test_save_png_keeps_colours_and_leaves_no_temporary_file(tmp_path):

@@ -2,7 +2,7 @@
 import io
 import sys
 
-from medficient_mini.show.progress import clock, progress
+from medficient_mini.show.progress import ProgressBar, clock
 
 
 class Screen(io.StringIO):
@@ -16,7 +16,7 @@ class Screen(io.StringIO):
 
 def test_log_gets_one_line_at_the_end(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Screen(False))
-    bar = progress(iter("abc"), 3, "reading")
+    bar = ProgressBar(iter("abc"), 3, "reading")
     for item in bar:
         bar.set(f"last {item}")
     lines = sys.stderr.getvalue().splitlines()
@@ -26,7 +26,7 @@ def test_log_gets_one_line_at_the_end(monkeypatch):
 def test_terminal_is_redrawn_and_a_shorter_line_wipes_a_longer(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Screen(True))
     monkeypatch.setattr("medficient_mini.show.progress.REDRAW_SECONDS", 0)
-    bar = progress(range(3), None, "x")
+    bar = ProgressBar(range(3), None, "x")
     for i in bar:
         bar.set("long text" if i == 0 else "")
     text = sys.stderr.getvalue()
@@ -38,8 +38,8 @@ def test_terminal_is_redrawn_and_a_shorter_line_wipes_a_longer(monkeypatch):
 
 def test_items_pass_through_and_leaving_early_reports(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Screen(False))
-    assert list(progress([], 0, "none")) == [] and sys.stderr.getvalue() == ""
-    for item in progress([5, 6, 7], 3, "some"):
+    assert list(ProgressBar([], 0, "none")) == [] and sys.stderr.getvalue() == ""
+    for item in ProgressBar([5, 6, 7], 3, "some"):
         if item == 6:
             break
     assert sys.stderr.getvalue().startswith("some 1/3 (33%)")
