@@ -1,248 +1,203 @@
-"""Per-case rows -> the paper's tables (MedficientSAM, Tables 4, 5, 7), as Markdown and CSV.
+"""Scores of cases -> the paper's tables (MedficientSAM, Tables 4, 5, 7), as Markdown and CSV.
 
-A row is a dict: case (file name), modality (as in the file name; with eval.py --by-source modality and data set),
-is_3d, labels (number scored), dsc, nsd (fractions, None where the ground truth has no label) and, where there are
-any, nsd_contour and seconds. A result is a name and its list of rows.
+A row is a dict: case (file name), modality (as in the file name; with eval.py --by-source modality and data set), kind
+("2D" or "3D"), labels (number scored), dsc, nsd (fractions, None where the ground truth has no label) and, where there are
+any, nsd_contour and seconds. Results are a dict, name -> list of rows.
 """
 import csv
 import io
+from itertools import chain, combinations
 from pathlib import Path
 
 import numpy as np
 
-from ..files import whole_file
+from ..inference.names import patient_of
+from .published import SECONDS, published_scores
 
 MODALITIES = ("CT", "MR", "PET", "US", "XRay", "Dermoscopy", "Endoscopy", "Fundus", "Microscopy",      # the paper's order
               "Mammography", "OCT")                                                 # not in its public validation set
-PAPER_NAME = {"XRay": "X-Ray"}
-SCORES = {"dsc": "DSC", "nsd": "NSD", "nsd_contour": "contour NSD"}
+AVERAGES = ("average over modalities", "average over cases")
+KINDS = ("2D", "3D")
+TITLE = {"dsc": "DSC", "nsd": "NSD", "nsd_contour": "contour NSD", "XRay": "X-Ray", "2D": "2D, mean over cases",
+         "3D": "3D, mean over cases"}                        # what the tables print for a key, where it differs
 DRAWS = 10_000                       # bootstrap samples
 
-# MedficientSAM, Table 4 (public validation set of the challenge, percent): DSC and NSD per column. Second hand: the
-# paper's text was in no source at hand, so the figures are those of the copy in the README of the team that reproduced
-# it (github.com/RicoLeehdu/medficientsam-reproduce; "-R" there stands for their run, it seems). Checked: the nine rows
-# give the averages within 0.01, and those of L1 are the ones in the paper's abstract.
-PUBLISHED_COLUMNS = ("LiteMedSAM", "Distillation", "Distillation-R", "No Augmentation", "No Augmentation-R",
-                     "MedficientSAM-L1", "MedficientSAM-L1-R")
-PUBLISHED = {
-    "CT":         ((92.26, 94.90), (91.13, 93.75), (92.15, 94.74), (92.24, 94.71), (92.69, 95.50), (92.15, 94.80), (93.19, 95.78)),
-    "MR":         ((89.63, 93.37), (85.73, 89.75), (87.87, 91.40), (87.25, 90.88), (88.54, 92.21), (86.98, 90.77), (89.51, 92.99)),
-    "PET":        ((51.58, 25.17), (70.49, 54.52), (68.30, 50.17), (72.05, 56.26), (61.06, 49.13), (73.00, 58.03), (66.97, 52.52)),
-    "US":         ((94.77, 96.81), (84.43, 89.29), (84.52, 89.37), (81.99, 86.74), (82.41, 87.16), (82.50, 87.24), (81.39, 86.09)),
-    "XRay":       ((75.83, 80.39), (78.92, 84.64), (75.40, 80.38), (79.88, 85.73), (78.04, 83.10), (80.47, 86.23), (75.78, 80.88)),
-    "Dermoscopy": ((92.47, 93.85), (92.84, 94.16), (92.54, 93.88), (94.24, 95.62), (93.71, 95.19), (94.16, 95.54), (93.17, 94.62)),
-    "Endoscopy":  ((96.04, 98.11), (96.88, 98.81), (95.92, 98.16), (96.05, 98.33), (95.58, 98.07), (96.10, 98.37), (94.62, 97.26)),
-    "Fundus":     ((94.81, 96.41), (94.10, 95.83), (93.85, 95.54), (94.16, 95.89), (94.27, 96.00), (94.32, 96.05), (94.16, 95.90)),
-    "Microscopy": ((61.63, 65.38), (75.63, 82.15), (75.90, 82.45), (78.76, 85.22), (78.09, 84.48), (78.09, 84.47), (77.67, 84.11)),
-    "average over modalities":
-                  ((83.23, 82.71), (85.57, 86.99), (85.16, 86.23), (86.29, 87.71), (84.93, 86.76), (86.42, 87.95), (85.16, 86.68)),
-}
-# Table 5: mean seconds of a 2D and a 3D case on an Intel Core i9-10900K; L1 from the paper's abstract, LiteMedSAM from
-# the copy above. The runtimes per modality (Table 7) were in no source at hand and are left out.
-PUBLISHED_SECONDS = {"LiteMedSAM": (5.1, 42.6), "MedficientSAM-L1": (1.0083, 8.9585)}
 
+# ------------------------------------------------------------------------------------------------------------ averages
 
-# ------------------------------------------------------------------------------------------------------- averages
+def summarise(rows: list[dict]) -> dict[str, dict]:
+    """Average rows for each target: the modalities, the two AVERAGES of all, and the 2D and 3D cases that have a time.
 
-def summarise(rows: list[dict]) -> list[dict]:
-    """One dict per modality (the paper's order, others behind), then "average over modalities", "average over cases".
+    Rows without a score count for the time only. The average over modalities is the paper's: the mean of their means.
 
-    Keys: target, cases (number scored), dsc, nsd, nsd_contour, seconds; means over cases, None where there are none.
-    Rows without a score do not count. The average over modalities is the paper's: the mean of the modalities' means.
+    Returns:
+        {target: {"cases": number, "dsc": mean, "nsd": mean, "nsd_contour": mean, "seconds": mean}}, a mean None where
+        there is nothing to average; of "2D" and "3D" the seconds alone.
     """
-    rows = [row for row in rows if row["dsc"] is not None]
-    found = {row["modality"] for row in rows}
-    order = [m for m in MODALITIES if m in found] + sorted(found - set(MODALITIES))
-    keys = [*SCORES, "seconds"]
-    table = []
-    for modality in order:
-        group = [row for row in rows if row["modality"] == modality]
-        table.append({"target": modality, "cases": len(group)} | {key: mean_of(group, key) for key in keys})
-    per_modality = {key: mean_of(table, key) for key in keys} | {"seconds": None}
-    table.append({"target": "average over modalities", "cases": len(rows)} | per_modality)
-    table.append({"target": "average over cases", "cases": len(rows)} | {key: mean_of(rows, key) for key in keys})
-    return table
+    targets = paper_order({row["modality"] for row in rows if row["dsc"] is not None})
+    table = {target: means([row for row in rows if row["modality"] == target]) for target in targets}
+    over_cases = means(rows)
+    over_modalities = means(table.values()) | {"cases": over_cases["cases"], "seconds": None}
+    table |= zip(AVERAGES, (over_modalities, over_cases))
+    return table | {kind: means([row for row in rows if row["kind"] == kind], ["seconds"]) for kind in KINDS}
 
 
-def mean_of(rows, key):
-    """Mean of `key` over the rows that have it, None if none has."""
-    values = [row[key] for row in rows if row.get(key) is not None]
-    return float(np.mean(values)) if values else None
+def means(rows, keys=("dsc", "nsd", "nsd_contour", "seconds")) -> dict:
+    """The number of rows that have the first key, and the mean of each key over those that have it, too."""
+    rows = [row for row in rows if row.get(keys[0]) is not None]
+    values = {key: [row[key] for row in rows if row.get(key) is not None] for key in keys}
+    return {"cases": len(rows)} | {key: float(np.mean(v)) if v else None for key, v in values.items()}
 
 
-def mean_seconds(rows: list[dict]) -> tuple[float | None, float | None]:
-    """Mean seconds of the 2D and of the 3D cases."""
-    return tuple(mean_of([row for row in rows if row["is_3d"] == is_3d], "seconds") for is_3d in (False, True))
+def paper_order(targets: set) -> list[str]:
+    """Modalities in the paper's order, others behind."""
+    return [m for m in MODALITIES if m in targets] + sorted(targets.difference(MODALITIES))
 
 
-def paired_difference(a: list[dict], b: list[dict], key: str, seed: int = 0) -> tuple[int, float, float, float]:
-    """Cases in both, mean of b - a over them, and its 95 % bootstrap interval (cases drawn with replacement).
+def columns_of(rows) -> list[str]:
+    """The columns that the rows have: contour NSD and seconds only where they were measured."""
+    return ["dsc", "nsd"] + [key for key in ("nsd_contour", "seconds") if any(key in row for row in rows)]
 
-    The same rows give the same numbers. NaN where no case is in both.
+
+def paired_differences(a: list[dict], b: list[dict], scores: list[str], seed: int = 0):
+    """Compare two results over the cases that have a score in both.
+
+    Cases of one patient are no independent evidence, so the bootstrap draws whole patients, with replacement. The same
+    rows give the same numbers.
+
+    Returns:
+        The number of cases, for each score the mean of b - a over them, and for each its 95 % interval as a pair,
+        empty below two patients.
     """
-    before = {row["case"]: row[key] for row in a if row.get(key) is not None}
-    differences = np.array([row[key] - before[row["case"]] for row in sorted(b, key=lambda row: row["case"])
-                            if row.get(key) is not None and row["case"] in before])
-    n = len(differences)
-    if not n:
-        return 0, float("nan"), float("nan"), float("nan")
-    rng = np.random.default_rng(seed)
-    means = [differences[rng.integers(0, n, n)].mean() for _ in range(DRAWS)]
-    low, high = np.percentile(means, (2.5, 97.5))
-    return n, float(differences.mean()), float(low), float(high)
+    a, b = ({row["case"]: row for row in rows if row["dsc"] is not None} for rows in (a, b))
+    cases, index, drawn = sorted(a.keys() & b.keys()), {}, []
+    if not cases:
+        return 0, [None] * len(scores), [()] * len(scores)
+    differences = np.array([[b[case][key] - a[case][key] for key in scores] for case in cases])
+    patients = [index.setdefault(patient_of(case), len(index)) for case in cases]
+    n, rng = len(index), np.random.default_rng(seed)
+    for _ in range(DRAWS if n > 1 else 0):
+        weights = np.bincount(rng.integers(0, n, n), minlength=n)[patients]
+        drawn.append(weights @ differences / weights.sum())
+    intervals = np.percentile(drawn, (2.5, 97.5), axis=0).T if drawn else [()] * len(scores)
+    return len(cases), differences.mean(0), intervals
 
 
-# --------------------------------------------------------------------------------------------------------- markdown
+# ------------------------------------------------------------------------------------------------------------ markdown
 
 def markdown(results: dict[str, list[dict]], published: bool = False, heading: str = "") -> str:
-    """summary.md: scores side by side, differences, runtimes. results: name -> rows."""
-    scores = [key for key in SCORES if any(row.get(key) is not None for rows in results.values() for row in rows)]
-    scores = scores or ["dsc", "nsd"]
-    parts = [heading, score_table(results, scores, published)]
+    """Write summary.md: scores side by side, differences of each pair, runtimes."""
+    summaries = {name: summarise(rows) for name, rows in results.items()}
+    targets = paper_order(set(chain(*summaries.values())).difference(AVERAGES, KINDS))
+    columns = columns_of(list(chain(*results.values())))
+    scores = [key for key in columns if key != "seconds"]
+    parts = [heading, score_table(summaries, [*targets, *AVERAGES], scores, published)]
     if published:
         parts.append("Published columns: MedficientSAM, Table 4, in percent on the challenge's public validation set: "
                      "other cases than these, and nine modalities, so compare the order of difficulty, not the digits.")
     if len(results) > 1:
-        parts.append("### Differences, second minus first\n\n" + difference_table(results, scores))
-    if any("seconds" in row for rows in results.values() for row in rows):
-        parts.append("### Runtime, mean seconds per case\n\n" + runtime_table(results, published))
-    return "\n\n".join(part for part in parts if part) + "\n"
+        parts += ["### Differences, second minus first",
+                  difference_table(results, [*(targets if len(results) == 2 else []), None], scores),
+                  "Intervals: whole patients, as the file names tell them apart, are drawn with replacement; there is "
+                  "none for a single patient."]
+    if "seconds" in columns:
+        parts += ["### Runtime, mean seconds per case", runtime_table(summaries, [*targets, *KINDS], published)]
+        if published:
+            parts.append("Published: MedficientSAM, Table 5, measured on an Intel Core i9-10900K.")
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def score_table(results, scores, published):
-    """The layout of Table 4: a row per modality and two averages, for each column its scores in percent, best in bold."""
-    summaries = by_target(results)
-    targets = merged_targets(summaries)
-    header = ["Target", "Cases"] + [f"{name} {SCORES[key]}" for name in summaries for key in scores]
-    if published:
-        header += [f"published: {name} {key}" for name in PUBLISHED_COLUMNS for key in ("DSC", "NSD")]
+def score_table(summaries, targets, scores, published):
+    """The layout of Table 4: a row per target, for each column its scores in percent, the best of a score in bold."""
+    columns = {(name, key): {target: round(100 * entry[key], 2) for target, entry in summary.items()
+                             if entry.get(key) is not None}
+               for name, summary in summaries.items() for key in scores}
+    columns |= published_scores() if published else {}
     lines = []
     for target in targets:
-        found = [summary.get(target, {}) for summary in summaries.values()]
-        values = [[percent(entry.get(key)) for key in scores] for entry in found]
-        if published:
-            values += [list(pair) + [None] * (len(scores) - 2)
-                       for pair in PUBLISHED.get(target, [(None, None)] * len(PUBLISHED_COLUMNS))]
-        best = [max((column[i] for column in values if column[i] is not None), default=None) for i in range(len(scores))]
-        cells = []
-        for k, column in enumerate(values):
-            for i, value in enumerate(column[:len(scores) if k < len(found) else 2]):
-                text = "–" if value is None else f"{value:.2f}"
-                cells.append(f"**{text}**" if value is not None and value == best[i] and len(values) > 1 else text)
-        counts = [str(entry.get("cases", 0)) for entry in found]               # one number where all have as many
-        lines.append([PAPER_NAME.get(target, target), "/".join(counts[:1] if len(set(counts)) == 1 else counts)] + cells)
-    return table(header, lines)
+        counts = [str(summary.get(target, {}).get("cases", 0)) for summary in summaries.values()]
+        cells = [TITLE.get(target, target), "/".join(counts if len(set(counts)) > 1 else counts[:1])]
+        for (_, key), values in columns.items():
+            rivals = [other.get(target, -1) for (_, score), other in columns.items() if score == key]
+            bold = "**" if len(rivals) > 1 and values.get(target) == max(rivals) else ""
+            cells.append(bold + cell(values.get(target)) + bold)
+        lines.append(cells)
+    return table(["Target", "Cases"] + [f"{name} {TITLE[key]}" for name, key in columns], lines)
 
 
-def difference_table(results, scores):
-    """A line per pair of results over all cases; with two results also one per target."""
-    names, lines = list(results), []
-    targets = [t for t in merged_targets(by_target(results)) if not t.startswith("average")] if len(names) == 2 else []
-    for i, first in enumerate(names):
-        for second in names[i + 1:]:
-            for target in [*targets, None]:
-                pair = [[row for row in results[name] if target in (None, row["modality"])] for name in (first, second)]
-                cells = []
-                for key in scores:
-                    n, mean, low, high = paired_difference(*pair, key)
-                    cells.append(f"{100 * mean:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]" if n else "–")
-                lines.append([f"{second} − {first}", PAPER_NAME.get(target, target or "all cases"), str(n)] + cells)
-    return table(["Pair", "Target", "Cases in both"] + [f"{SCORES[key]} points, mean [95 % interval]" for key in scores], lines)
+def difference_table(results, targets, scores):
+    """A line per pair of results and target; the target None is all cases."""
+    lines = []
+    for (first, a), (second, b) in combinations(results.items(), 2):
+        for target in targets:
+            pair = [[row for row in rows if target in (None, row["modality"])] for rows in (a, b)]
+            cases, means, intervals = paired_differences(*pair, scores)
+            line = [f"{second} − {first}", TITLE.get(target, target or "all cases"), cases]
+            for mean, interval in zip(means, intervals):
+                limits = ", ".join(f"{100 * limit:+.2f}" for limit in interval)
+                line.append(f"{100 * mean:+.2f} [{limits or '–'}]" if cases else None)
+            lines.append(line)
+    titles = [f"{TITLE[key]} points, mean [95 % interval]" for key in scores]
+    return table(["Pair", "Target", "Cases in both", *titles], lines)
 
 
-def runtime_table(results, published):
+def runtime_table(summaries, targets, published):
     """Tables 7 and 5: per modality, then the means of 2D and 3D cases."""
-    summaries = by_target(results)
-    means = {name: mean_seconds(rows) for name, rows in results.items()}
-    header = ["Target"] + list(results) + [f"published: {name}" for name in PUBLISHED_SECONDS if published]
-    lines = [[PAPER_NAME.get(target, target)] + [seconds(s.get(target, {}).get("seconds")) for s in summaries.values()]
-             + ["–"] * (published * len(PUBLISHED_SECONDS))
-             for target in merged_targets(summaries) if not target.startswith("average")]
-    for i, kind in enumerate(("2D, mean over cases", "3D, mean over cases")):
-        lines.append([kind] + [seconds(pair[i]) for pair in means.values()]
-                     + [seconds(pair[i]) for pair in PUBLISHED_SECONDS.values() if published])
-    note = "\n\nPublished: MedficientSAM, Table 5, measured on an Intel Core i9-10900K." if published else ""
-    return table(header, lines) + note
+    columns = {name: {target: entry["seconds"] for target, entry in summary.items()} for name, summary in summaries.items()}
+    columns |= SECONDS if published else {}
+    return table(["Target", *columns], [[TITLE.get(target, target)] + [column.get(target) for column in columns.values()]
+                                        for target in targets])
 
 
-def by_target(results):
-    """{name: {target: its row of `summarise`}}."""
-    return {name: {row["target"]: row for row in summarise(rows)} for name, rows in results.items()}
+def table(header: list, lines: list[list]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in rows)
 
 
-def merged_targets(summaries):
-    """Targets of all results in the order of `summarise`."""
-    found = {target for summary in summaries.values() for target in summary if not target.startswith("average")}
-    return [m for m in MODALITIES if m in found] + sorted(found - set(MODALITIES)) + [
-        "average over modalities", "average over cases"]
+def cell(value) -> str:
+    text = "–" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|")
 
 
-def table(header, lines):
-    rows = [header, ["---"] * len(header)] + lines
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
-
-
-def percent(value):
-    return None if value is None else round(100 * value, 2)
-
-
-def seconds(value):
-    return "–" if value is None else f"{value:.2f}"
-
-
-# -------------------------------------------------------------------------------------------------------------- CSV
+# ----------------------------------------------------------------------------------------------------------------- CSV
 
 def metrics_csv(rows: list[dict]) -> str:
-    """One line per case, sorted: case,modality,labels,dsc,nsd[,nsd_contour][,seconds]; fractions, empty where no score."""
-    columns = ["case", "modality", "labels", "dsc", "nsd"]
-    columns += [key for key in ("nsd_contour", "seconds") if any(key in row for row in rows)]
-    return csv_text(columns, [[row.get(key) for key in columns] for row in sorted(rows, key=lambda row: row["case"])])
+    """Write case,modality,labels,dsc,nsd[,nsd_contour][,seconds], a line per case, sorted; empty where there is none."""
+    return csv_text(["case", "modality", "labels", *columns_of(rows)], sorted(rows, key=lambda row: row["case"]))
 
 
 def summary_csv(results: dict[str, list[dict]]) -> str:
-    """result,modality,cases,dsc,nsd,…: the numbers of summary.md as fractions; mean 2D and 3D seconds as their own rows."""
-    rows_of_all = [row for rows in results.values() for row in rows]
-    extra = [key for key in ("nsd_contour", "seconds") if any(key in row for row in rows_of_all)]
-    lines = []
-    for name, rows in results.items():
-        lines += [[name, entry["target"], entry["cases"], entry["dsc"], entry["nsd"]] + [entry[key] for key in extra]
-                  for entry in summarise(rows)]
-        if "seconds" in extra:
-            for kind, is_3d, value in zip(("2D", "3D"), (False, True), mean_seconds(rows)):
-                count = sum(row["is_3d"] == is_3d and row.get("seconds") is not None for row in rows)
-                lines.append([name, kind, count, None, None] + [None] * (len(extra) - 1) + [value])
-    return csv_text(["result", "modality", "cases", "dsc", "nsd"] + extra, lines)
+    """Write result,modality,cases,dsc,nsd,…: the numbers of summary.md as fractions."""
+    columns = columns_of(list(chain(*results.values())))
+    lines = [{"result": name, "modality": target} | entry
+             for name, rows in results.items() for target, entry in summarise(rows).items()
+             if target not in KINDS or "seconds" in columns]
+    return csv_text(["result", "modality", "cases", *columns], lines)
 
 
-def csv_text(header, lines):
+def csv_text(columns: list[str], lines: list[dict]) -> str:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
     for line in lines:
-        writer.writerow([f"{cell:.6f}" if isinstance(cell, float) else "" if cell is None else cell for cell in line])
+        writer.writerow({key: f"{cell:.6f}" if isinstance(cell, float) else cell for key, cell in line.items()})
     return text.getvalue()
 
 
-def read_seconds(folder) -> dict[str, float]:
-    """efficiency.csv of a results folder -> file name: seconds, the last entry of a name; {} without that file.
+def read_seconds(folder) -> tuple[dict[str, float], list[str]]:
+    """Read the times in the efficiency.csv of a folder of masks, {} where there is none.
 
-    ValueError with one line where a line of it is not `name,number`.
+    Returns:
+        File name -> seconds, the last entry of a name; and a line of complaint for each line that is not
+        `name,seconds`: times are decoration, so nothing else comes of it.
     """
     path = Path(folder) / "efficiency.csv"
-    if not path.is_file():
-        return {}
-    found = {}
-    with open(path, newline="", encoding="utf-8") as file:
-        for number, line in enumerate(csv.reader(file), 1):
+    found, complaints = {}, []
+    if path.is_file():
+        for count, line in enumerate(csv.reader(path.read_text("utf-8", "replace").splitlines()), 1):
             try:
                 if line and line[0] != "case":                  # jobs that start together may write the heading twice
                     found[line[0].removesuffix(".npz") + ".npz"] = float(line[1])
             except (ValueError, IndexError):
-                raise ValueError(f"{path}: line {number}: expected case,seconds, found {','.join(line)}") from None
-    return found
-
-
-def write_text(path, text: str) -> None:
-    """Write a file whole or not at all: beside it under a temporary name, then renamed."""
-    with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+                complaints.append(f"{path}: line {count}: expected case,seconds, found {','.join(line)}: left out")
+    return found, complaints
