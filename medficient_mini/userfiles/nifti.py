@@ -1,4 +1,11 @@
-"""NIfTI volumes in and out."""
+"""NIfTI volumes and label volumes in and out.
+
+A volume is turned so that its slices lie along one anatomical axis and look as on a radiologist's screen (axial:
+slices upward, rows to the back, columns to the patient's left); `Grid` knows the way back, so masks are written on
+the file's own voxel grid. nibabel is imported only where a NIfTI file is opened. Errors are ValueErrors of one line,
+"<file name>: <field>: expected …, found …".
+"""
+import gzip
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,15 +13,22 @@ from pathlib import Path
 import numpy as np
 
 from ..files import first_line, whole_file
-from .pictures import AXES, LARGEST, SAMPLE, are_labels, intensity_range, to_uint8
+from .labels import whole_numbers
+from .pictures import SAMPLE, intensity_range, to_uint8
+
+LARGEST = 16 << 30                   # voxels × bytes of one volume; far above any scan
+# What slices, rows and columns run towards: Superior, Inferior, Left, Posterior.
+AXES = {"axial": "SPL", "coronal": "PIL", "sagittal": "LIP"}
+UNITS = {1: ("metres", 1000.0), 3: ("micrometres", 0.001)}       # NIfTI's codes other than of mm; mm in one
 
 
 @dataclass
 class Grid:
-    """A NIfTI file's voxel grid (i, j, k) and the slices (D, H, W) made of it.
+    """A NIfTI file's voxel grid (I, J, K) and the slices (D, H, W) made of it.
 
     order: the file axis behind slices, rows and columns. flip: whether each of these three runs backward.
-    spacing: float64 (3,) mm along (z, y, x) of the slices. affine: (4, 4) voxel indices to mm. header: nibabel's.
+    spacing: float64 (3,), the mm between voxels along (z, y, x) of the slices. affine: float64 (4, 4), voxel indices
+    to mm. header: nibabel's.
     """
     shape: tuple[int, int, int]
     affine: np.ndarray
@@ -23,35 +37,28 @@ class Grid:
     spacing: np.ndarray
     header: object
 
-    def to_slices(self, array: np.ndarray) -> np.ndarray:
-        """View of a file array (I, J, K) as slices (D, H, W)."""
-        return array.transpose(self.order)[tuple(slice(None, None, -1 if f else 1) for f in self.flip)]
-
     def to_file(self, slices: np.ndarray) -> np.ndarray:
-        """View of slices (D, H, W) as the file array (I, J, K)."""
+        """View slices (D, H, W) as the file's array (I, J, K)."""
         turned = slices[tuple(slice(None, None, -1 if f else 1) for f in self.flip)]
         return turned.transpose(np.argsort(self.order))
 
     def boxes_to_slices(self, boxes: np.ndarray) -> np.ndarray:
-        """(N, 6) i0 j0 k0 i1 j1 k1, voxel indices of the file, inclusive -> x0 y0 z0 x1 y1 z1 on the slices."""
+        """Turn boxes (N, 6) i0 j0 k0 i1 j1 k1, voxel indices of the file, inclusive, into x0 y0 z0 x1 y1 z1."""
         corners = np.asarray(boxes, np.float64).reshape(-1, 2, 3)[..., list(self.order)]     # (N, 2, zyx)
-        return self._mirrored(corners)[..., ::-1].reshape(-1, 6)
-
-    def boxes_to_file(self, boxes: np.ndarray) -> np.ndarray:
-        """The reverse of `boxes_to_slices`."""
-        corners = np.asarray(boxes, np.float64).reshape(-1, 2, 3)[..., ::-1]                 # (N, 2, zyx)
-        return self._mirrored(corners)[..., np.argsort(self.order)].reshape(-1, 6)
-
-    def _mirrored(self, corners: np.ndarray) -> np.ndarray:
-        """Where an axis runs backward the lower corner becomes the upper one."""
         last = np.array(self.shape)[list(self.order)] - 1.0
-        return np.where(self.flip, last - corners[:, ::-1], corners)
+        # Where an axis runs backward the lower corner becomes the upper one.
+        return np.where(self.flip, last - corners[:, ::-1], corners)[..., ::-1].reshape(-1, 6)
 
 
 def grid_of(shape, affine: np.ndarray, axis: str, header=None) -> Grid:
-    """The slices along the anatomical `axis` (a key of AXES) that lie closest to the axes of an affine (4, 4).
+    """Find the slices along an anatomical axis (a key of AXES) that lie closest to a file's own axes.
 
-    ValueError for an affine that is no voxel grid.
+    Args:
+        shape: (I, J, K) of the file.
+        affine: (4, 4), voxel indices to mm.
+
+    Raises:
+        ValueError: the affine is no voxel grid.
     """
     from nibabel.orientations import io_orientation
     matrix = np.asarray(affine, np.float64)[:3, :3]
@@ -65,8 +72,15 @@ def grid_of(shape, affine: np.ndarray, axis: str, header=None) -> Grid:
     return Grid(tuple(shape), np.asarray(affine, np.float64), tuple(order), tuple(flip), spacing[order], header)
 
 
-def _open_nifti(path: Path):
-    """The nibabel image of a 3D (or 2D) scalar NIfTI file, nothing but its header read. ValueError otherwise."""
+def _open(path: Path):
+    """Open a 3D (or 2D) scalar NIfTI file, nothing but its header read.
+
+    Returns:
+        nibabel's image, its shape (I, J, K), its affine to mm, and words where the header's unit is another.
+
+    Raises:
+        ValueError: it is damaged, no NIfTI file, a series, or its numbers are complex or colours.
+    """
     try:
         import nibabel
     except ImportError:
@@ -75,7 +89,8 @@ def _open_nifti(path: Path):
         image = nibabel.load(path, keep_file_open=True)
     except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError,
             nibabel.spatialimages.HeaderDataError) as error:
-        raise ValueError(f"{path.name}: file: expected a NIfTI volume, found it unreadable ({first_line(error)})") from None
+        raise ValueError(f"{path.name}: file: expected a NIfTI volume, found it unreadable "
+                         f"({first_line(error)})") from None
     shape = image.shape
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
@@ -85,80 +100,101 @@ def _open_nifti(path: Path):
     dtype = image.get_data_dtype()
     if dtype.kind not in "iuf":
         raise ValueError(f"{path.name}: imgs: expected one number per voxel, found {dtype}")
+    # The compression of gzip is at most about a thousandfold.
     claimed, size = int(np.prod(shape, dtype=object)) * dtype.itemsize, path.stat().st_size
-    if claimed > min(LARGEST, size * (1100 if path.name.lower().endswith(".gz") else 1)):
+    if claimed > min(LARGEST, size * (1100 if path.suffix.lower() == ".gz" else 1)):
         raise ValueError(f"{path.name}: imgs: expected the {claimed:,} bytes that its header {dtype} {shape} announces, "
                          f"found a file of {size:,}")
-    return image, shape + (1,) * (3 - len(shape))
+    unit, in_mm = UNITS.get(int(image.header["xyzt_units"]) & 7, (None, 1.0))
+    return (image, shape + (1,) * (3 - len(shape)), np.diag([in_mm, in_mm, in_mm, 1.0]) @ image.affine,
+            unit and f"lengths in {unit} taken as mm × {in_mm:g}")
 
 
 def _slabs(path: Path, image, shape):
-    """(k, numbers (I, J) scaled as the header says) of the file, in its own order, one at a time."""
+    """Give (k, numbers (I, J) scaled as the header says) of a file, in its own order, one at a time."""
     try:
         for k in range(shape[2]):
-            whole = image.ndim == 2
-            index = (slice(None),) * 2 if whole else (slice(None), slice(None), k) + (0,) * (image.ndim - 3)
+            index = (slice(None), slice(None), k)[:image.ndim] + (0,) * (image.ndim - 3)
             yield k, np.asarray(image.dataobj[index])
+        if path.suffix.lower() == ".gz":
+            # The checksum stands behind the last voxel, where nobody reads unless asked to.
+            with gzip.open(path) as stream:
+                while stream.read(1 << 20):
+                    pass
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(f"{path.name}: file: expected {shape} voxels, found it damaged ({first_line(error)})") from None
 
 
 def load_nifti(path, axis: str = "axial", window: tuple[float, float] | None = None) -> tuple[np.ndarray, Grid, str]:
-    """A NIfTI volume as uint8 slices (D, H, W) along `axis`, their Grid, and a line on the intensities.
+    """Read a NIfTI volume as uint8 slices (D, H, W).
 
     Two passes over the file, a slab at a time: one for the range (from at most SAMPLE voxels, evenly spread), one for
-    the mapping; the volume is only ever held as uint8. 8-bit files without a scale factor stay as they are.
+    the mapping, so the volume is only ever held as uint8.
+
+    Args:
+        path: a .nii or .nii.gz file.
+        axis: anatomical direction of the slices, a key of AXES.
+        window: (level, width) of the intensities that become 0–255; without it 8 bits without a scale factor stay as
+            they are and all else is mapped by percentiles (see `pictures.intensity_range`).
+
+    Returns:
+        The slices, their Grid, and words that say how intensities were mapped.
+
+    Raises:
+        ValueError: the file is absent or damaged, or holds no volume.
     """
     path = Path(path)
-    image, shape = _open_nifti(path)
+    image, shape, affine, unit = _open(path)
     try:
-        grid = grid_of(shape, image.affine, axis, image.header)
+        grid = grid_of(shape, affine, axis, image.header)
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from None
-    step = -(-int(np.prod(shape)) // SAMPLE)
     plain = image.get_data_dtype() == np.uint8 and (image.dataobj.slope, image.dataobj.inter) == (1, 0)
-    if plain and window is None:
-        text, convert = "8 bits as they are", np.asarray
-    else:
-        sample = [] if window else [slab.ravel()[k % step::step].copy() for k, slab in _slabs(path, image, shape)]
-        low, high, text = intensity_range(np.concatenate(sample) if sample else np.zeros(0), window)
-        convert = lambda slab: to_uint8(slab, low, high)                      # noqa: E731
+    low, high, text = 0.0, 255.0, "8 bits as they are"
+    if window is not None:
+        low, high, text = intensity_range(np.zeros(0), window)
+    elif not plain:
+        step = -(-int(np.prod(shape)) // SAMPLE)
+        sample = [slab.ravel()[k % step::step].copy() for k, slab in _slabs(path, image, shape)]
+        low, high, text = intensity_range(np.concatenate(sample), None)
     volume = np.empty([shape[a] for a in grid.order], np.uint8)
     in_file = grid.to_file(volume)                                             # a view: filled slab by slab
     for k, slab in _slabs(path, image, shape):
-        in_file[:, :, k] = convert(slab)
-    return volume, grid, text
+        in_file[:, :, k] = to_uint8(slab, low, high)
+    return volume, grid, "; ".join(filter(None, [text, unit]))
 
 
 def load_label_nifti(path, grid: Grid) -> np.ndarray:
-    """A mask NIfTI on the voxel grid of an image -> uint16 labels (D, H, W) along that image's slices.
+    """Read a mask NIfTI that lies on the voxel grid of an image as uint16 labels (D, H, W) of that image's slices.
 
-    ValueError where shape or affine are another grid's (a corner off by more than half a voxel) or values are no labels.
+    Raises:
+        ValueError: the file is absent or damaged, its shape or affine are another grid's (a corner is off by more
+            than half a voxel), or its values are no labels.
     """
     path = Path(path)
-    image, shape = _open_nifti(path)
+    image, shape, affine, _ = _open(path)
     if shape != grid.shape:
         raise ValueError(f"{path.name}: gts: expected the image's shape {grid.shape}, found {shape}")
     corners = np.array([[i, j, k, 1] for i in (0, shape[0]) for j in (0, shape[1]) for k in (0, shape[2])])
-    distance = np.linalg.norm(corners @ (image.affine - grid.affine).T, axis=1).max()
+    distance = np.linalg.norm(corners @ (affine - grid.affine).T, axis=1).max()
     if not distance < 0.5 * grid.spacing.min():
-        raise ValueError(f"{path.name}: gts: expected the image's affine, found one that puts a corner {distance:.1f} mm off")
+        raise ValueError(f"{path.name}: gts: expected the image's affine, found one that puts a corner "
+                         f"{distance:.1f} mm off")
     labels = np.empty([shape[a] for a in grid.order], np.uint16)
     in_file = grid.to_file(labels)
     for k, slab in _slabs(path, image, shape):
-        if not are_labels(slab):
-            raise ValueError(f"{path.name}: gts: expected whole numbers 0 to 65535, found others in slice {k}")
-        in_file[:, :, k] = slab
+        in_file[:, :, k] = whole_numbers(slab, path.name)
     return labels
 
 
 def save_label_nifti(path, segs: np.ndarray, grid: Grid) -> None:
-    """Labels (D, H, W) uint8 or uint16 -> NIfTI on the file's own grid: same shape, affine and header; whole or absent."""
+    """Write labels (D, H, W), uint8 or uint16, as NIfTI on the file's own grid: same shape, affine and header."""
     import nibabel
     header = grid.header.copy()
     header.set_data_dtype(segs.dtype)
     header["cal_min"] = header["cal_max"] = 0        # a display range of the image, not of labels
     kind = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
-    image = kind(np.ascontiguousarray(grid.to_file(segs)), grid.affine, header)
+    # Without an affine of ours the header's own ones stay as they are, in their unit.
+    image = kind(np.ascontiguousarray(grid.to_file(segs)), None, header)
     with whole_file(path) as temporary:
         nibabel.save(image, temporary)

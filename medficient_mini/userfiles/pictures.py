@@ -1,38 +1,38 @@
-"""Pictures (PNG, JPEG, TIFF, BMP) and NIfTI volumes in and out, and how their intensities become 0–255.
+"""Pictures (PNG, JPEG, TIFF, BMP) in, label pictures out, and how intensities become 0–255.
 
-A NIfTI volume is turned so that its slices lie along one anatomical axis and look as on a radiologist's screen (axial:
-slices upward, rows to the back, columns to the patient's left); `Grid` knows the way there and back, so masks are
-written on the file's own voxel grid with its own affine. nibabel is imported only where a NIfTI file is opened.
 Errors are ValueErrors of one line, "<file name>: <field>: expected …, found …".
 """
 import os
+import re
+import struct
+import tempfile
+import zlib
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from ..files import whole_file
+from ..show.draw import colours
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 VOLUMES = (".nii", ".nii.gz")
 WINDOWS = {"soft-tissue": (40.0, 400.0), "lung": (-600.0, 1500.0), "bone": (400.0, 1800.0), "brain": (40.0, 80.0)}
-PERCENTILES = (0.5, 99.5)            # of the non-zero numbers: MedSAM's preparation
+PERCENTILES = (0.5, 99.5)            # of the non-zero numbers, as MedSAM prepares its data
 SAMPLE = 1 << 23                     # numbers that percentiles are taken from; smaller images give all of theirs
-LARGEST = 16 << 30                   # voxels × bytes of one volume; far above any scan
-# What slices, rows and columns run towards: Superior, Inferior, Left, Posterior.
-AXES = {"axial": "SPL", "coronal": "PIL", "sagittal": "LIP"}
-
-
-def is_picture(path) -> bool:
-    return str(path).lower().endswith(PICTURES)
+PHOTOMETRIC, ORIENTATION = 262, 274  # the TIFF fields that are looked at; EXIF has the second one too
+INVERTED, PALETTE = 0, 3             # values of PHOTOMETRIC: zero is white; numbers are indices of colours
+PNG, JPEG = b"\x89PNG", b"\xff\xd8"   # first bytes, which say more than a file's name
+TURNED = "turned as its EXIF orientation says"
 
 
 def is_nifti(path) -> bool:
+    """Return whether a file's name ends as NIfTI files do."""
     return str(path).lower().endswith(VOLUMES)
 
 
 def stem_of(path) -> str:
-    """File name without its ending, where .nii.gz is one ending."""
+    """Return the file name without its ending, where .nii.gz is one ending."""
     name = Path(path).name
     for suffix in (".nii.gz", *PICTURES, ".nii", ".npz"):
         if name.lower().endswith(suffix):
@@ -41,28 +41,44 @@ def stem_of(path) -> str:
 
 
 def list_files(path, suffixes=PICTURES + VOLUMES) -> list[Path]:
-    """The files with these endings in a folder and its subfolders, sorted, or the one file. ValueError if none."""
+    """List the files with these endings in a folder and its subfolders, sorted, or the one file that `path` is.
+
+    Linked subfolders are followed, each folder once, so that a link to a folder above makes no loop.
+
+    Raises:
+        ValueError: there is no such file or folder, a folder may not be read, or none of its files has the ending.
+    """
     path = Path(path)
     wanted = ", ".join(suffixes)
     if path.is_file():
         if not path.name.lower().endswith(suffixes):
             raise ValueError(f"{path}: expected a folder or a file that ends in {wanted}")
         return [path]
-    if not path.is_dir():
-        raise ValueError(f"{path}: expected a folder or a file, found nothing of that name")
-    if not os.access(path, os.R_OK | os.X_OK):
-        raise ValueError(f"{path}: no permission to read this folder")
-    found = sorted(p for p in path.rglob("*") if p.name.lower().endswith(suffixes) and p.is_file()
-                   and not p.name.startswith("."))
+
+    def refuse(error):
+        raise ValueError(f"{error.filename}: expected a folder or a file that can be read, found: {error.strerror}")
+
+    found, visited = [], set()
+    for folder, subfolders, names in os.walk(path, onerror=refuse, followlinks=True):
+        if os.path.realpath(folder) in visited:
+            subfolders.clear()
+            continue
+        visited.add(os.path.realpath(folder))
+        subfolders.sort()
+        found += [Path(folder, name) for name in names if name.lower().endswith(suffixes) and name[0] != "."]
     if not found:
         raise ValueError(f"{path}: expected files that end in {wanted} in this folder, found none")
-    return found
+    return sorted(found)
 
 
 # --------------------------------------------------------------------------------------------------- intensities
 
 def parse_window(words: list[str] | None) -> tuple[float, float] | None:
-    """["lung"] or ["-600", "1500"] -> (level, width). ValueError for an unknown name or a width that is not positive."""
+    """Read ["lung"] or ["-600", "1500"] as (level, width), None as None.
+
+    Raises:
+        ValueError: the name is unknown or the width is not positive.
+    """
     if words is None:
         return None
     if len(words) == 1 and words[0] in WINDOWS:
@@ -78,98 +94,157 @@ def parse_window(words: list[str] | None) -> tuple[float, float] | None:
 
 
 def intensity_range(sample: np.ndarray, window: tuple[float, float] | None) -> tuple[float, float, str]:
-    """(low, high, description): what becomes 0 and 255, from the window, else from percentiles of the sample."""
+    """Decide which numbers become 0 and 255: the window's ends, else percentiles of the sample.
+
+    Returns:
+        low, high, and words that say where they come from.
+    """
     if window is not None:
         level, width = window
         return level - width / 2, level + width / 2, f"window level {level:g} width {width:g}"
-    numbers = sample[np.isfinite(sample) & (sample != 0)]
+    finite = sample[np.isfinite(sample)].astype(np.float64)
+    numbers = finite[finite != 0]
     low, high = map(float, np.percentile(numbers, PERCENTILES)) if len(numbers) else (0.0, 0.0)
-    return low, high, f"{PERCENTILES[0]:g} and {PERCENTILES[1]:g} percentiles of non-zero values: {low:g} to {high:g}"
+    if low == high and len(numbers):
+        # A picture of one number on zero would turn black: the zeros count after all.
+        low, high = float(finite.min()), float(finite.max())
+        return low, high, f"least and greatest value: {low:.9g} to {high:.9g}"
+    return low, high, f"{PERCENTILES[0]:g} and {PERCENTILES[1]:g} percentiles of non-zero values: {low:.9g} to {high:.9g}"
 
 
 def to_uint8(array: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Numbers of any type and shape -> uint8, low and below to 0, high and above to 255, linear between, NaN to 0."""
-    scaled = (np.asarray(array, np.float32) - low) * (255 / max(high - low, 1e-12))
+    """Map numbers of any type and shape to uint8: low and below to 0, high and above to 255, NaN to 0."""
+    # 8 and 16 bits are exact in float32. Larger numbers far from zero would lose their differences there.
+    kind = np.float32 if np.asarray(array).dtype.itemsize <= 2 else np.float64
+    scaled = (np.asarray(array, kind) - low) * (255 / max(high - low, 1e-12))
     return np.nan_to_num(scaled.clip(0, 255) + 0.5, nan=0.0).astype(np.uint8)
 
 
 # ------------------------------------------------------------------------------------------------------ pictures
 
-def read_pixels(path) -> np.ndarray:
-    """A picture as it is: (H, W) grey or (H, W, 3) RGB in the file's type; palette expanded, alpha dropped (from a TIFF
-    OpenCV hands over RGB already multiplied by it).
+def load_picture(path, window: tuple[float, float] | None = None) -> tuple[np.ndarray, str]:
+    """Read a picture as uint8 (H, W, 3) RGB. Transparency is dropped.
 
-    A JPEG is turned as its EXIF orientation says, which is how every viewer shows it.
+    Args:
+        path: a PNG, JPEG, TIFF or BMP file. It is turned as its EXIF orientation says, as viewers show it.
+        window: (level, width) of the intensities that become 0–255; without it 8 bits stay as they are, whereas 16
+            bits and floats are mapped by percentiles (see `intensity_range`).
+
+    Returns:
+        The picture and words that say how its intensities were mapped, and whether it was turned.
+
+    Raises:
+        ValueError: the file is absent, damaged or no single picture.
     """
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)    # its complaints would double our one line
     path = Path(path)
-    try:
-        data = np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise ValueError(f"{path.name}: file: expected a readable picture, found {error.strerror}") from None
-    jpeg = path.name.lower().endswith((".jpg", ".jpeg"))
-    flags = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH if jpeg else cv2.IMREAD_UNCHANGED
-    try:
-        pixels = cv2.imdecode(data, flags) if len(data) else None
-    except cv2.error:
-        pixels = None
+    pixels, remark = decode(read_bytes(path), path)
+    pixels = pixels[..., :3] if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
+    text = "8 bits as they are"
+    if pixels.dtype != np.uint8 or window is not None:
+        step = -(-pixels.size // SAMPLE)
+        low, high, text = intensity_range(pixels.reshape(-1, 3)[::step], window)
+        pixels = to_uint8(pixels, low, high)
+    return np.ascontiguousarray(pixels), "; ".join(filter(None, [text, remark]))
+
+
+def decode(data: bytes, path: Path) -> tuple[np.ndarray, str | None]:
+    """Decode a picture file's bytes to grey (H, W), RGB (H, W, 3) or RGBA (H, W, 4) in the file's own type, upright.
+
+    Returns:
+        The pixels, and TURNED where they lie otherwise than in the file.
+
+    Raises:
+        ValueError: the data are damaged, not a picture, or more than one.
+    """
+    pixels, complaints = quietly(cv2.imdecode, np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None:
         raise ValueError(f"{path.name}: file: expected a PNG, JPEG, TIFF or BMP picture, found damaged or other data")
-    if path.name.lower().endswith((".tif", ".tiff")) and cv2.imcount(str(path)) > 1:
-        raise ValueError(f"{path.name}: file: expected one picture, found {cv2.imcount(str(path))} pages")
-    if pixels.ndim == 3 and pixels.shape[2] not in (3, 4):
-        raise ValueError(f"{path.name}: file: expected grey or RGB, found {pixels.shape[2]} channels")
-    return pixels if pixels.ndim == 2 else np.ascontiguousarray(pixels[..., 2::-1])
-
-
-def load_picture(path, window: tuple[float, float] | None = None) -> tuple[np.ndarray, str]:
-    """A picture as uint8 (H, W, 3) RGB, and a line that says how its intensities were mapped.
-
-    8 bits stay as they are unless a window is given; 16 bits and floats are mapped (see `intensity_range`).
-    """
-    pixels = read_pixels(path)
-    if pixels.dtype == np.uint8 and window is None:
-        text = "8 bits as they are"
-    else:
-        low, high, text = intensity_range(pixels.ravel()[::-(-pixels.size // SAMPLE)], window)
-        pixels = to_uint8(pixels, low, high)
-    return (np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else pixels), text
-
-
-def load_label_picture(path) -> tuple[np.ndarray, str | None]:
-    """A mask picture as uint16 labels (H, W), 0 the background, and a warning or None.
-
-    Grey: the grey values are the labels, {0, 255} one object. Colour: every colour but black is an object, numbered in
-    order of (R, G, B). A smoothed or JPEG-compressed black and white mask (more than 16 grey values, fewer pixels
-    between black and white than white ones) is cut at 128, with a warning.
-    """
-    path = Path(path)
-    pixels = read_pixels(path)
-    if not are_labels(pixels):
-        raise ValueError(f"{path.name}: gts: expected whole numbers 0 to 65535, found others ({pixels.dtype})")
-    if pixels.ndim == 3 and (pixels == pixels[..., :1]).all():
-        pixels = pixels[..., 0]
+    # A JPEG ends with the marker FF D9. One before the last FF DA, the start of a scan, is a thumbnail's.
+    damage = re.search(rb"(Corrupt JPEG|Premature end)[^\n]*", complaints)
+    if damage or data.startswith(JPEG) and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+        raise ValueError(f"{path.name}: file: expected a whole JPEG picture, found a damaged one"
+                         + (f" ({damage[0].decode()})" if damage else ""))
+    tiff = tiff_fields(data)
+    pages = quietly(cv2.imcount, str(path))[0] if tiff else 1
+    if pages > 1:
+        raise ValueError(f"{path.name}: file: expected one picture, found {pages} pages")
     if pixels.ndim == 3:
-        code = (pixels.astype(np.int64) << np.array([32, 16, 0])).sum(-1)
-        colours, labels = np.unique(code, return_inverse=True)
-        if len(colours) > 256:
-            raise ValueError(f"{path.name}: gts: expected at most 255 colours of objects on black, found {len(colours)} colours")
-        black = int(colours[0] == 0)
-        return (labels.reshape(code.shape) + 1 - black).astype(np.uint16), None
-    values = np.unique(pixels)
-    between = ((pixels > 15) & (pixels < 240)).sum()
-    if pixels.dtype == np.uint8 and len(values) > 16 and between < (pixels >= 240).sum():
-        return (pixels > 127).astype(np.uint16), f"{path.name}: gts: a black and white mask with soft edges, cut at 128"
-    return pixels.astype(np.uint16), None
+        if pixels.shape[2] not in (3, 4):
+            raise ValueError(f"{path.name}: file: expected grey or RGB, found {pixels.shape[2]} channels")
+        pixels = pixels[..., [2, 1, 0, 3][:pixels.shape[2]]]
+    if tiff.get(PHOTOMETRIC) == INVERTED and pixels.dtype.itemsize > 1:      # OpenCV inverts those of 8 bits itself
+        pixels = -pixels if pixels.dtype.kind == "f" else ~pixels
+    exif = re.search(rb"Exif\0\0|eXIf", data)
+    turn = (tiff or (tiff_fields(data[exif.end():]) if exif else {})).get(ORIENTATION, 1)
+    if not tiff:                                                             # OpenCV turns a TIFF itself
+        pixels = pixels.swapaxes(0, 1) if turn in (5, 6, 7, 8) else pixels
+        pixels = pixels[:, ::-1] if turn in (2, 3, 6, 7) else pixels
+        pixels = pixels[::-1] if turn in (3, 4, 7, 8) else pixels
+    return pixels, TURNED if 2 <= turn <= 8 else None
 
 
-def are_labels(array: np.ndarray) -> bool:
-    if array.dtype in (np.uint8, np.uint16):
-        return True
-    return bool(np.isfinite(array).all() and array.min() >= 0 and array.max() < 65536 and (array == np.rint(array)).all())
+def tiff_fields(data: bytes) -> dict[int, int]:
+    """Read the first number of each field in the first directory of TIFF or EXIF data; empty where there is none."""
+    fields = {}
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[:4])
+    try:
+        start, = struct.unpack_from(f"{order}I", data, 4)
+        count, = struct.unpack_from(f"{order}H", data, start)
+        for place in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind = struct.unpack_from(f"{order}HH", data, place)
+            fields[tag], = struct.unpack_from(order + ("H" if kind == 3 else "I"), data, place + 8)
+    except struct.error:
+        pass                                                                 # no such data, or cut short
+    return fields
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a whole file.
+
+    Raises:
+        ValueError: it is absent or may not be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path.name}: file: expected a readable picture, found: {error.strerror}") from None
+
+
+def quietly(function, *arguments) -> tuple[object, bytes]:
+    """Call a function of OpenCV; give what it returns, None for an error, and what it wrote on standard error.
+
+    The JPEG library says nowhere else that it had to guess pixels; and a user is to see our one line instead.
+    """
+    with tempfile.TemporaryFile() as complaints:
+        stderr = os.dup(2)
+        os.dup2(complaints.fileno(), 2)
+        try:
+            result = function(*arguments)
+        except cv2.error:
+            result = None
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        complaints.seek(0)
+        return result, complaints.read()
 
 
 def save_label_picture(path, segs: np.ndarray) -> None:
-    """Labels (H, W) uint8 or uint16 -> grey PNG of those numbers, whole or absent."""
+    """Write integer labels (H, W) as a PNG, whole or absent.
+
+    Up to 255 labels become indices of a palette: programs read the labels, viewers show them in the colours of
+    `show.draw.overlay`. More become 16-bit grey values.
+    """
+    few = segs.max(initial=0) < 256
+    png = cv2.imencode(".png", segs.astype(np.uint8 if few else np.uint16))[1].tobytes()
+    if few:
+        # Grey and palette differ only in the header's colour type, here made 3, and in the palette behind it.
+        header = png_chunk(b"IHDR", png[16:25] + b"\3" + png[26:29])
+        png = png[:8] + header + png_chunk(b"PLTE", colours(256).tobytes()) + png[33:]
     with whole_file(path) as temporary:
-        temporary.write_bytes(cv2.imencode(".png", segs)[1].tobytes())
+        temporary.write_bytes(png)
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    """Frame a PNG chunk: its length, kind, body and checksum."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
