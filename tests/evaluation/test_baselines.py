@@ -1,10 +1,7 @@
 """Masks without a network."""
-import subprocess
-import sys
-
 import numpy as np
 
-from medficient_mini.evaluation.baselines import fill, inside_ellipsoid
+from medficient_mini.evaluation.baselines import fill, inside_ellipsoid, main
 
 
 def test_the_ellipse_touches_its_box_and_has_its_area():
@@ -32,18 +29,17 @@ def test_fill_by_hand():
     assert (ball == (sum(np.square(c) for c in np.ix_(centre, centre, centre)) <= 4.5 ** 2)).all()
 
 
-def test_script(tmp_path):
+def test_script(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     np.savez(tmp_path / "in/2D_US_a.npz", imgs=np.zeros((20, 30, 3), np.uint8), boxes=np.array([[2, 3, 11, 12]]))
     np.savez(tmp_path / "in/3D_CT_b.npz", imgs=np.zeros((6, 20, 30), np.uint8), boxes=np.array([[2, 3, 1, 11, 12, 4]]),
              spacing=np.ones(3))
     (tmp_path / "in/2D_US_bad.npz").write_bytes(b"nothing")
-    run = subprocess.run([sys.executable, "-m", "medficient_mini.evaluation.baselines", "-i", tmp_path / "in", "-o", tmp_path / "out",
-                          "--shape", "box"], capture_output=True, text=True)
-    assert run.returncode == 1 and "2D_US_bad.npz" in run.stderr
-    assert np.load(tmp_path / "out/2D_US_a.npz")["segs"].sum() == 100
+    assert main(["-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--shape", "box"]) == 1
+    assert "2D_US_bad.npz" in capsys.readouterr().err
+    segs = np.load(tmp_path / "out/2D_US_a.npz")["segs"]
+    assert segs.sum() == 100 and segs.dtype == np.uint8
     assert np.load(tmp_path / "out/3D_CT_b.npz")["segs"].sum() == 400
-    run = subprocess.run([sys.executable, "-m", "medficient_mini.evaluation.baselines", "-i", tmp_path / "in", "-o", tmp_path / "in"],
-                         capture_output=True, text=True)
-    assert run.returncode == 1 and "another folder" in run.stderr
+    assert main(["-i", str(tmp_path / "in"), "-o", str(tmp_path / "in")]) == 1
+    assert "another folder" in capsys.readouterr().err
     assert "imgs" in np.load(tmp_path / "in/2D_US_a.npz").files               # the case is still there
