@@ -204,11 +204,8 @@ class _Array:
         with self.archive.open(self.member) as stream:
             stream.read(self.offset)         # not seek, after which newer Pythons check no checksum
             for start in range(0, count, PIECE):
-                wanted = min(PIECE, count - start) * self.dtype.itemsize
-                data = stream.read(wanted)
-                if len(data) < wanted:
-                    raise EOFError(f"{self.name} ends early")
-                yield start, np.frombuffer(data, self.dtype)
+                numbers = min(PIECE, count - start)
+                yield start, np.frombuffer(stream.read(numbers * self.dtype.itemsize), self.dtype, numbers)
 
     def read(self, dtype, scale: float | None = None) -> np.ndarray:
         """Return the whole array as `dtype`, C-contiguous; with a scale, multiplied by it and rounded."""
