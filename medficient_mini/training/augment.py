@@ -45,10 +45,9 @@ def shift_scale_rotate(image, labels, rng):
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2.functional import affine
 
-    height, width = labels.shape
     move = dict(angle=rng.uniform(-90, 90), scale=rng.uniform(0.8, 1.2), shear=[0.0, 0.0],
-                translate=[rng.uniform(-0.0625, 0.0625) * width, rng.uniform(-0.0625, 0.0625) * height])
-    pixels = torch.from_numpy(image.reshape(height, width, -1)).permute(2, 0, 1)              # (3, H, W)
+                translate=list(rng.uniform(-0.0625, 0.0625, 2) * labels.shape[::-1]))
+    pixels = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1)                          # (1 or 3, H, W)
     # The darkest value and not 0: a new minimum would change the contrast that min-max scaling gives the image.
     moved = affine(pixels, interpolation=InterpolationMode.BILINEAR, fill=float(image.min()), **move)
     # Interpolation mixes the border with 0 first: hence the maximum.
@@ -69,26 +68,26 @@ def photometric(image, rng):
     Returns:
         uint8 of the same shape; its range of values is spread to 0-255 first.
     """
-    if rng.random() < 0.3:
+    is_same, gamma, contrast, inverse, colour, blur, noise = rng.random(7) < [0.3, 0.5, 0.4, 0.1, 0.5, 0.2, 0.2]
+    if is_same:
         return image
-    grey = image.ndim == 2 or (image == image[..., :1]).all()
-    x = cv2.normalize(image, None, 0, 1, cv2.NORM_MINMAX, cv2.CV_32F)
-    if rng.random() < 0.5:
-        x **= np.exp(rng.uniform(-0.5, 0.5))                                   # gamma
-    if rng.random() < 0.4:
+    is_grey = image.ndim == 2 or (image == image[..., :1]).all()
+    x = cv2.normalize(image, None, 0, 1, cv2.NORM_MINMAX, cv2.CV_32F).clip(0, 1)
+    if gamma:
+        x **= np.exp(rng.uniform(-0.5, 0.5))
+    if contrast:
         x = (x - 0.5) * np.exp(rng.uniform(-0.35, 0.35)) + 0.5 + rng.uniform(-0.15, 0.15)
-    if grey and rng.random() < 0.1:
+    if inverse and is_grey:
         x = 1 - x
-    elif not grey and rng.random() < 0.5:
+    if colour and not is_grey:
         x = cv2.cvtColor(x.clip(0, 1).astype(np.float32), cv2.COLOR_RGB2HSV)   # hue in degrees, the others 0 to 1
         x[..., 0] = (x[..., 0] + rng.uniform(-15, 15)) % 360
         x[..., 1] *= np.exp(rng.uniform(-0.5, 0.5))
         x = cv2.cvtColor(x, cv2.COLOR_HSV2RGB)
-    if rng.random() < 0.2:
+    if blur:
         x = cv2.GaussianBlur(x, (0, 0), rng.uniform(0.3, 1.5))
-    if rng.random() < 0.2:
-        noise = rng.normal(0, rng.uniform(0.005, 0.05), image.shape[:2])
-        x = x + (noise if image.ndim == 2 else noise[..., None])
+    if noise:
+        x = x + rng.normal(0, rng.uniform(0.005, 0.05), (*image.shape[:2], 1)[:image.ndim])
     return (x.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
@@ -99,9 +98,8 @@ def mask_to_network(mask, size):
     most are set, so that a mask that is not empty stays so.
     """
     height, width = scaled_size(*mask.shape, size)
-    shrinks = max(mask.shape) > size
-    cover = cv2.resize(mask.astype(np.float32), (width, height),
-                       interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    interpolation = cv2.INTER_AREA if max(mask.shape) > size else cv2.INTER_LINEAR
+    cover = cv2.resize(mask.astype(np.float32), (width, height), interpolation=interpolation)
     out = np.zeros((size, size), np.uint8)
     out[:height, :width] = cover >= min(0.5, max(cover.max(), 1e-6))
     return out

@@ -131,9 +131,8 @@ def list_slices(cases, cache, labelled_only, strict=False):
 
 def with_neighbours(cases, slices):
     """Add the slices just above and below the given ones of volumes; with `in_use` they teach where an object ends."""
-    near = {(index, z + step) for index, z in slices for step in (-1, 1) if cases[index].is_3d}
-    near = {(index, z) for index, z in near if 0 <= z < cases[index].shape[0]}
-    return sorted(near.union(slices))
+    near = [(index, z) for index, middle in slices if cases[index].is_3d for z in (middle - 1, middle + 1)]
+    return sorted({*slices, *((index, z) for index, z in near if 0 <= z < cases[index].shape[0])})
 
 
 def balance_weights(cases, slices, power=0.5):

@@ -45,14 +45,12 @@ def save_embedding(path, embedding):
 def load_embedding(path):
     """Read what `save_embedding` wrote: float16 (256, 64, 64), None where there is none. ValueError, one line."""
     try:
-        embedding = np.load(path, allow_pickle=False)
+        return torch.from_numpy(np.load(path, allow_pickle=False).reshape(256, 64, 64).astype(np.float16))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path}: not a readable embedding ({error}), delete it to compute it again") from None
-    if embedding.shape != (256, 64, 64):
-        raise ValueError(f"{path}: embedding: expected shape (256, 64, 64), found {embedding.shape}")
-    return torch.from_numpy(embedding.astype(np.float16, copy=False))
+        raise ValueError(f"{path}: embedding: expected numbers (256, 64, 64), found it unreadable ({error}); delete it "
+                         "to compute it again") from None
 
 
 class SliceDataset(torch.utils.data.Dataset):
@@ -117,7 +115,6 @@ class SliceDataset(torch.utils.data.Dataset):
         is_plain = distils and (rng.random() < self.plain or self.embeddings and self.objects and not is_labelled)
         mode = "none" if is_plain else self.augment
         shown = photometric(image, rng) if self.photometric and not is_plain else image
-        is_changed = shown is not image
         in_use = self.in_use and case.is_3d and case.has_gts and (rng.random() < self.in_use or not is_labelled)
         if in_use and mode == "full":                                          # boxes of a volume cannot be rotated
             mode = "flips"
@@ -131,10 +128,10 @@ class SliceDataset(torch.utils.data.Dataset):
         if self.teacher_size is not None:
             sample["teacher_image"] = to_network(moved, self.teacher_size, self.teacher_resize)
         if self.embeddings is not None:
-            has_one = flip is not None and not is_changed
-            embedding = load_embedding(embedding_path(self.embeddings, case, z, flip)) if has_one else None
-            sample["has_embedding"] = torch.tensor(embedding is not None)
-            sample["embedding"] = torch.zeros(256, 64, 64, dtype=torch.float16) if embedding is None else embedding
+            is_unlike = flip is None or shown is not image
+            known = None if is_unlike else load_embedding(embedding_path(self.embeddings, case, z, flip))
+            sample["has_embedding"] = torch.tensor(known is not None)
+            sample["embedding"] = torch.zeros(256, 64, 64).half() if known is None else known
         return sample
 
 
