@@ -6,11 +6,13 @@ any, nsd_contour and seconds. Results are a dict, name -> list of rows.
 """
 import csv
 import io
+import re
 from itertools import chain, combinations
 from pathlib import Path
 
 import numpy as np
 
+from ..files import first_line
 from ..inference.names import patient_of
 from .published import SECONDS, published_scores
 
@@ -185,19 +187,23 @@ def csv_text(columns: list[str], lines: list[dict]) -> str:
 
 
 def read_seconds(folder) -> tuple[dict[str, float], list[str]]:
-    """Read the times in the efficiency.csv of a folder of masks, {} where there is none.
+    """Read the times in the efficiency.csv of a folder of masks.
 
     Returns:
-        File name -> seconds, the last entry of a name; and a line of complaint for each line that is not
-        `name,seconds`: times are decoration, so nothing else comes of it.
+        File name -> seconds, the last entry of a name, empty without that file; and a line of complaint for each line
+        that is not `name,seconds`: times are decoration, so nothing else comes of it.
     """
     path = Path(folder) / "efficiency.csv"
     found, complaints = {}, []
-    if path.is_file():
-        for count, line in enumerate(csv.reader(path.read_text("utf-8", "replace").splitlines()), 1):
-            try:
-                if line and line[0] != "case":                  # jobs that start together may write the heading twice
-                    found[line[0].removesuffix(".npz") + ".npz"] = float(line[1])
-            except (ValueError, IndexError):
+    try:
+        text = path.read_text("utf-8", "replace") if path.is_file() else ""
+        for count, line in enumerate(csv.reader(io.StringIO(text, newline="")), 1):
+            if not line or line[0] == "case":                # jobs that start together may write the heading twice
+                continue
+            if re.fullmatch(r"\d+\.?\d*", line[1] if len(line) > 1 else ""):
+                found[line[0].removesuffix(".npz") + ".npz"] = float(line[1])
+            else:
                 complaints.append(f"{path}: line {count}: expected case,seconds, found {','.join(line)}: left out")
+    except (OSError, csv.Error) as error:
+        complaints.append(f"{path}: {first_line(error)}")
     return found, complaints
