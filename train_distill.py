@@ -6,32 +6,34 @@
 
 The checkpoints hold the encoder alone: infer.py --weights runs/distill/best.pt --decoder-weights lite_medsam.
 """
-import argparse
 import hashlib
 import json
+import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from medficient_mini.inference.checkpoint import ENCODER, load_state, load_strictly, resolve
-from medficient_mini.training.samples import DistillDataset, embedding_path, save_embedding
+from medficient_mini.files import whole_file
+from medficient_mini.inference.checkpoint import load_state, load_strictly, resolve
 from medficient_mini.inference.geometry import to_network
-from medficient_mini.training.losses import bce, dice_loss, embedding_mse
 from medficient_mini.nets.sam import build_sam
-from medficient_mini.training.options import (add_common_arguments, check_size, draw_slices, make_sampler, modality_means,
-                                     run_script, slices_of, split_data, start, validation_slices)
-from medficient_mini.show.progress import progress
-from medficient_mini.training.trainer import Trainer, read_last
+from medficient_mini.show.progress import ProgressBar
+from medficient_mini.training.losses import dice_loss, dsc, embedding_mse
+from medficient_mini.training.options import (VALIDATION, check_size, common_parser, draw_slices, drawing,
+                                              make_sampler, modality_means, one_batch, run_script, slices_of,
+                                              split_data, validation_batches, validation_slices)
+from medficient_mini.training.samples import SliceDataset, embedding_path, save_embedding
+from medficient_mini.training.trainer import Trainer, read_last, say
 
 STATISTICS_SLICES = 128   # training slices from which the teacher's mean and variance are taken
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_arguments(parser, out=Path("runs/distill"), lr=0.075, weight_decay=5e-4, batch_size=2,
-                         schedule="plateau", schedules=("plateau", "halve", "cosine"), boxes=2)
+def parse_arguments(argv=None):
+    parser = common_parser(__doc__, out="runs/distill", lr=0.075, weight_decay=5e-4, bs=2, schedule="plateau", boxes=2)
     add = parser.add_argument_group("distillation").add_argument
     add("--student", choices=("l0", "l1", "l2"), default="l1", help="default: %(default)s")
     add("--init", metavar="FILE", help="start from this checkpoint's image encoder, e.g. of a run at a smaller --size")
@@ -41,7 +43,7 @@ def parse_arguments():
         "restartable) and train without the teacher. With flips and no mask loss all four flipped versions are kept")
     add("--embeddings-limit", type=int, metavar="N", help="compute it for at most N training slices, all "
         "modalities served (0: use what is there); the other slices serve the mask loss alone")
-    add("--flips", action=argparse.BooleanOptionalAction, default=True, help="random flips (default: on)")
+    add("--no-flips", dest="flips", action="store_false", help="no random flips")
     add("--augment", action="store_true", help="also random shift, scale and rotation; such a sample has no cached "
         "embedding, so with --embeddings it needs --mask-loss or --plain")
     add("--plain", type=float, default=0.0, metavar="PART", help="leave this part of the samples unaugmented: they keep "
@@ -53,23 +55,60 @@ def parse_arguments():
         "the frozen decoder of --decoder-weights; the embedding error then counts in units of the teacher's variance")
     add("--decoder-weights", metavar="FILE", help="prompt encoder and mask decoder for --mask-loss and the validation's "
         "DSC (default: none)")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-class TeacherImages(torch.utils.data.Dataset):
-    """The teacher's input for each (case index, z, flip)."""
+# ---------------------------------------------------------------------------------------------- teacher and student
 
-    def __init__(self, cases, wanted, cache, teacher):
-        self.cases, self.wanted, self.cache = cases, wanted, cache
-        self.size, self.resize = teacher.image_size, teacher.resize
+def load_parts(model, path, *parts):
+    """Load the named parts of a network, strictly, from a checkpoint that may hold others too."""
+    state = {key: value for key, value in load_state(path)[1].items() if key.split(".")[0] in parts}
+    load_strictly(nn.ModuleDict({part: getattr(model, part) for part in parts}), state, path)
 
-    def __len__(self):
-        return len(self.wanted)
 
-    def __getitem__(self, k):
-        index, z, (horizontal, vertical) = self.wanted[k]
-        image = self.cache.image(self.cases[index], z)[::-1 if vertical else 1, ::-1 if horizontal else 1]
-        return k, to_network(np.ascontiguousarray(image), self.size, self.resize)
+def load_teacher(arguments, world):
+    """The network of --teacher with its image encoder's weights; its decoder plays no part and keeps random ones."""
+    path = resolve(arguments.teacher)
+    teacher = build_sam(load_state(path)[0])
+    load_parts(teacher, path, "image_encoder")
+    return world.to_device(teacher.eval().requires_grad_(False))
+
+
+def build_student(arguments):
+    """A student with random weights or those of --init, and the decoder of --decoder-weights, which stays as it is."""
+    student = build_sam(f"medficientsam_{arguments.student}").eval()
+    if arguments.init:
+        path = resolve(arguments.init)
+        if load_state(path)[0] != student.name:
+            raise ValueError(f"{path}: --init: expected {student.name}, found {load_state(path)[0]}")
+        load_parts(student, path, "image_encoder")
+    if arguments.decoder_weights:
+        load_parts(student, resolve(arguments.decoder_weights), "prompt_encoder", "mask_decoder")
+    student.prompt_encoder.requires_grad_(False)
+    student.mask_decoder.requires_grad_(False)
+    return student
+
+
+def claim_folder(folder, teacher_file):
+    """One folder, one teacher: ValueError if the embeddings in `folder` come from another file."""
+    mark, digest = Path(folder) / "teacher.json", hashlib.sha256(Path(teacher_file).read_bytes()).hexdigest()
+    if not mark.exists():
+        with whole_file(mark) as temporary:
+            temporary.write_text(json.dumps({"file": str(teacher_file), "sha256": digest}))
+    try:
+        held = json.loads(mark.read_text())
+    except ValueError:
+        raise ValueError(f"{mark}: expected the teacher's name and hash, found a damaged file; delete the folder") from None
+    if held["sha256"] != digest:
+        raise ValueError(f"{folder}: expected embeddings of {teacher_file}, found those of {held['file']}; one folder per "
+                         "teacher")
+
+
+def read_images(cases, cache, teacher_input, wanted):
+    """The teacher's inputs, (N, 3, size, size), for a list of (case index, z, (horizontal, vertical flip))."""
+    images = [cache.image(cases[index], z)[::-1 if vertical else 1, ::-1 if horizontal else 1]
+              for index, z, (horizontal, vertical) in wanted]
+    return wanted, torch.stack([to_network(np.ascontiguousarray(image), *teacher_input) for image in images])
 
 
 @torch.inference_mode()
@@ -77,183 +116,172 @@ def keep_embeddings(arguments, world, cases, slices, cache, flips, label):
     """Compute the embeddings that --embeddings lacks; each process its share. The teacher is loaded only if needed."""
     # Each its share first: what is there already differs from one look to the next while the others are writing.
     mine = [(index, z, flip) for index, z in slices for flip in flips][world.rank::world.size]
-    wanted = [(index, z, flip) for index, z, flip in mine
-              if not embedding_path(arguments.embeddings, cases[index], z, flip).exists()]
+    wanted = [item for item in mine if not embedding_path(arguments.embeddings, cases[item[0]], *item[1:]).exists()]
     if wanted:
         teacher = load_teacher(arguments, world)
-        loader = torch.utils.data.DataLoader(TeacherImages(cases, wanted, cache, teacher), batch_size=4,
-                                             num_workers=arguments.workers)
-        for ks, images in progress(loader, len(loader), label) if world.first else loader:
+        read = partial(read_images, cases, cache, (teacher.image_size, teacher.resize))
+        loader = torch.utils.data.DataLoader(wanted, batch_size=4, num_workers=arguments.workers, collate_fn=read)
+        for items, images in ProgressBar(loader, len(loader), label):
             with world.autocast():
-                embeddings = teacher.image_encoder(world.to_device({"image": images})["image"])
-            for k, embedding in zip(ks.tolist(), embeddings):
-                index, z, flip = wanted[k]
+                embeddings = teacher.image_encoder(world.to_device({"image": images})["image"])   # (N, 256, 64, 64)
+            for (index, z, flip), embedding in zip(items, embeddings):
                 save_embedding(embedding_path(arguments.embeddings, cases[index], z, flip), embedding)
     world.wait()
 
 
-def claim_folder(folder, teacher_file):
-    """One folder, one teacher: ValueError if the embeddings in `folder` come from another file."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    mark, digest = folder / "teacher.json", hashlib.sha256(Path(teacher_file).read_bytes()).hexdigest()
-    if not mark.exists():
-        mark.write_text(json.dumps({"file": str(teacher_file), "sha256": digest}))
-    held = json.loads(mark.read_text())
-    if held["sha256"] != digest:
-        raise ValueError(f"{folder}: holds embeddings of {held['file']}, expected those of {teacher_file}; one folder per teacher")
-
-
 def statistics_of(embeddings):
     """Mean and variance per channel, float32 (256,) each, of an iterable of embeddings (256, 64, 64)."""
-    total = square = count = 0
-    for embedding in embeddings:
-        embedding = embedding.double().flatten(1)
-        total, square, count = total + embedding.sum(1), square + (embedding ** 2).sum(1), count + embedding.shape[1]
-    mean = total / count
-    return mean.float(), (square / count - mean ** 2).float()
+    moments = torch.stack([torch.stack([x.mean((1, 2)), (x ** 2).mean((1, 2))])
+                           for x in (embedding.double() for embedding in embeddings)])
+    mean, square = moments.mean(0)
+    return {"teacher_mean": mean.float(), "teacher_variance": (square - mean ** 2).float()}
 
 
-def load_encoder(model, state, path):
-    """Only the image encoder of a state dict, strictly."""
-    state = {key: value for key, value in state.items() if key.startswith(ENCODER)}
-    load_strictly(nn.ModuleDict({"image_encoder": model.image_encoder}), state, path)
+# ------------------------------------------------------------------------------------------------------------- task
 
+class Distillation(nn.Module):
+    """What stage 1 trains and how: the task of a Trainer (see trainer.py).
 
-def load_teacher(arguments, world):
-    """The network of --teacher with its image encoder's weights; its decoder plays no part and keeps random ones."""
-    name, state = load_state(path := resolve(arguments.teacher))
-    teacher = build_sam(name)
-    load_encoder(teacher, state, path)
-    return teacher.eval().to(world.device, memory_format=torch.channels_last)
+    teacher: the network whose embeddings are the targets, None where the batches bring them.
+    validation: its data set, with the `cases` and `slices` that it is made of.
+    """
+    frozen = ()
 
-
-def build_student(arguments):
-    """Student with random weights or those of --init, and the decoder of --decoder-weights, which stays as it is."""
-    student = build_sam(f"medficientsam_{arguments.student}")
-    if arguments.init:
-        name, state = load_state(resolve(arguments.init))
-        if name != student.name:
-            raise ValueError(f"{arguments.init}: --init: holds {name}, expected {student.name}")
-        load_encoder(student, state, arguments.init)
-    if arguments.decoder_weights:
-        name, state = load_state(path := resolve(arguments.decoder_weights))
-        state = {key: value for key, value in state.items() if not key.startswith(ENCODER)}
-        load_strictly(nn.ModuleDict({"prompt_encoder": student.prompt_encoder, "mask_decoder": student.mask_decoder}),
-                      state, path)
-    student.prompt_encoder.requires_grad_(False)
-    student.mask_decoder.requires_grad_(False)
-    return student
-
-
-def main():
-    arguments = parse_arguments()
-    world = start(arguments)
-    if arguments.mask_loss and not arguments.decoder_weights:
-        raise ValueError("--mask-loss: needs --decoder-weights FILE, e.g. lite_medsam")
-    if arguments.embeddings and arguments.augment and not (arguments.mask_loss or arguments.plain):
-        raise ValueError("--augment: expected --mask-loss or --plain beside it: with --embeddings a rotated sample has no target")
-    student = build_student(arguments)
-    size, teacher_file = check_size(arguments, student), resolve(arguments.teacher)
-    train, val, cache = split_data(arguments, world)
-    slices = slices_of(arguments, world, train, cache, labelled_only=False)
-    if arguments.limit_samples:
-        slices = draw_slices(train, slices, arguments.limit_samples, arguments.seed)
-    val_slices = validation_slices(arguments, world, val, cache, labelled_only=bool(arguments.decoder_weights))
-    teacher, embeddings = None, arguments.embeddings
-    if embeddings:
-        with world.first_goes_ahead():
-            claim_folder(embeddings, teacher_file)
-        flips = [(False, False), (True, False), (False, True), (True, True)] \
-            if arguments.flips and not arguments.mask_loss else [(False, False)]
-        chosen = draw_slices(train, slices, arguments.embeddings_limit, arguments.seed, power=0.5)
-        keep_embeddings(arguments, world, val, val_slices, cache, flips[:1], "teacher on validation slices")
-        keep_embeddings(arguments, world, train, chosen, cache, flips, "teacher on training slices")
-        known = [(index, z) for index, z in slices if embedding_path(embeddings, train[index], z).exists()]
-        if not known:
-            raise ValueError(f"{embeddings}: holds no embedding of a training slice, expected some (--embeddings-limit)")
-        if len(known) < len(slices):                                           # the others serve where they have masks
-            useful = set(known) | set(slices_of(arguments, world, train, cache, True) if arguments.mask_loss else ())
-            slices = [item for item in slices if item in useful]
-    else:
-        teacher = load_teacher(arguments, world)
-    student.to(world.device, memory_format=torch.channels_last)
-
-    given = dict(teacher_size=teacher.image_size, teacher_resize=teacher.resize) if teacher else dict(embeddings=embeddings)
-    given |= dict(size=size, resize=student.resize, prompt_size=student.image_size, seed=arguments.seed)
-    dataset = DistillDataset(train, slices, cache, flips=arguments.flips, max_boxes=arguments.boxes if arguments.mask_loss
-                             else 0, augment="full" if arguments.augment else "none", box_shift=arguments.box_shift,
-                             box_jitter=arguments.box_jitter, plain=arguments.plain, **given)
-    val_dataset = DistillDataset(val, val_slices, cache, max_boxes=5 if arguments.decoder_weights else 0, box_shift=0, **given)
-
-    def alone(samples, i):
-        return world.to_device({key: value[None] for key, value in samples.sample(0, i, i).items()})
-
-    def target(batch):                                                         # (B, 256, 64, 64)
-        if teacher is None:
-            return batch["embedding"]
-        with torch.no_grad():
-            return teacher.image_encoder(batch["teacher_image"])
-
-    statistics = read_last(arguments.out)["extra"] if arguments.resume else {}
-    if not statistics:
-        some = draw_slices(train, slices if teacher else known, STATISTICS_SLICES, arguments.seed, power=0.5)
-        some = DistillDataset(train, some, cache, **given)
-        with torch.no_grad(), world.autocast():
-            mean, variance = statistics_of(target(alone(some, i))[0] for i in range(len(some)))
-        statistics = {"teacher_mean": mean, "teacher_variance": variance}
-    mean, variance = statistics["teacher_mean"], statistics["teacher_variance"]
-    if arguments.start_from_statistics:
-        with torch.no_grad():
-            student.image_encoder.norm.bias.copy_(mean)
-            student.image_encoder.norm.weight.copy_(variance.sqrt())
-    unit = float(variance.mean()) if arguments.mask_loss else 1.0
-    terms = {"embedding": arguments.embedding_loss / unit} | ({"mask": arguments.mask_loss} if arguments.mask_loss else {})
-
-    def count(batch):
-        known = int(batch["has_embedding"].sum()) if teacher is None else len(batch["image"])
-        return {"embedding": known} | ({"mask": int(batch["box_valid"].sum())} if arguments.mask_loss else {})
-
-    def decode(embedding, batch):                                              # logits (N, 1, 256, 256) of the N valid boxes
-        rows, _ = batch["box_valid"].nonzero(as_tuple=True)
-        return student.decode(embedding, batch["boxes"][batch["box_valid"]], image_index=rows)[0]
-
-    def losses(batch):
-        embedding = student.image_encoder(batch["image"])
-        means = {"embedding": embedding_mse(embedding, target(batch), batch.get("has_embedding"))}
+    def __init__(self, arguments, world, student, teacher, validation, cases, slices):
+        super().__init__()
+        self.student, self.teacher, self.world, self.network = student, teacher, world, student.name
+        self.model = nn.ModuleDict({"image_encoder": student.image_encoder})
+        self.validation, self.cases, self.slices = validation, cases, slices
+        self.weights = {"embedding": arguments.embedding_loss}
         if arguments.mask_loss:
-            masks = batch["masks"][batch["box_valid"]]
-            logits = decode(embedding, batch) if len(masks) else embedding.new_zeros(0, 1, 256, 256)
-            means["mask"] = dice_loss(logits, masks) + 4 * bce(logits, masks)
+            self.weights["mask"] = arguments.mask_loss
+        self.has_decoder = bool(arguments.decoder_weights)
+        self.criterion = ("dsc", "max") if self.has_decoder else ("val_error", "min")
+
+    def count(self, batch):
+        """The items of the two terms: images with a target, valid boxes."""
+        known = int(batch["has_embedding"].sum()) if self.teacher is None else len(batch["image"])
+        return {"embedding": known, "mask": int(batch["box_valid"].sum()) if "mask" in self.weights else 0}
+
+    @torch.no_grad()
+    def target(self, batch):
+        """The teacher's embeddings, (B, 256, 64, 64)."""
+        return batch["embedding"] if self.teacher is None else self.teacher.image_encoder(batch["teacher_image"])
+
+    def decode(self, embedding, batch):
+        """Logits (N, 1, 256, 256) and masks (N, 256, 256) of the N valid boxes of a batch."""
+        valid = batch["box_valid"]                                             # (B, M)
+        rows = valid.nonzero(as_tuple=True)[0]
+        return self.student.decode(embedding, batch["boxes"][valid], image_index=rows)[0], batch["masks"][valid]
+
+    def loss(self, batch):
+        """The terms of the loss, each averaged over its items."""
+        embedding = self.model.image_encoder(batch["image"])                   # (B, 256, 64, 64)
+        means = {"embedding": embedding_mse(embedding, self.target(batch), batch.get("has_embedding"))}
+        if "mask" in self.weights:
+            means["mask"] = embedding.new_zeros(())
+            if batch["box_valid"].any():
+                logits, masks = self.decode(embedding, batch)
+                cross_entropy = F.binary_cross_entropy_with_logits(logits[:, 0].float(), masks.float())
+                means["mask"] = dice_loss(logits, masks) + 4 * cross_entropy
         return means
 
-    def validate():
-        """Embedding error, also in units of the teacher's variance, and DSC of masks of tight boxes at 256 x 256."""
-        sums, scores = {"error": 0.0, "count": 0}, {}
-        mine = range(world.rank, len(val_slices), world.size)
-        for i in progress(mine, len(mine), "validation") if world.first else mine:
-            batch = alone(val_dataset, i)
-            embedding = student.image_encoder(batch["image"])
-            sums["error"] += float(embedding_mse(embedding, target(batch)))
-            sums["count"] += 1
-            if arguments.decoder_weights and batch["box_valid"].any():
-                found, truth = decode(embedding, batch)[:, 0] > 0, batch["masks"][batch["box_valid"]] > 0
-                overlap, total = (found & truth).sum((1, 2)), found.sum((1, 2)) + truth.sum((1, 2))
-                scores[i] = float((2 * overlap / total).mean())
-        sums = world.sum(sums)
-        error = sums["error"] / max(sums["count"], 1)
-        result = {"val_error": error, "val_relative": error / float(variance.mean())}
-        return result | (modality_means(val, val_slices, scores, world) if arguments.decoder_weights else {})
+    forward = loss
 
-    trainer = Trainer(arguments, world, network=student.name, model=nn.ModuleDict({"image_encoder": student.image_encoder}),
-                      dataset=dataset, sampler=make_sampler(arguments, world, train, slices), terms=terms, count=count,
-                      losses=losses, validate=validate, extra=statistics,
-                      frozen=[student.prompt_encoder, student.mask_decoder],
-                      criterion=("dsc", "max") if arguments.decoder_weights else ("val_error", "min"))
-    trainer.say(f"{len(slices)} training slices of {len(train)} cases, {len(val_slices)} validation slices of {len(val)}; "
-                f"student {student.name} at {size}; {trainer.steps} updates of {trainer.batch} samples")
+    def validate(self, model):
+        """Embedding error, also in units of the teacher's variance; with a decoder, DSC of loosened boxes."""
+        error, scores = 0.0, {}
+        for i, batch in validation_batches(self.validation, self.world):
+            embedding = model.image_encoder(batch["image"])
+            error += float(embedding_mse(embedding, self.target(batch)))
+            if self.has_decoder:
+                scores[i] = dsc(*self.decode(embedding, batch))
+        error = self.world.sum({"error": error})["error"] / len(self.slices)
+        result = {"val_error": error, "val_relative": error / float(self.extra["teacher_variance"].mean())}
+        return result | (modality_means(self.cases, self.slices, scores, self.world) if self.has_decoder else {})
+
+    def use_statistics(self, statistics, start_from_them):
+        """Count the error in units of the teacher's variance where masks are learned too; start the last norm there."""
+        self.extra = statistics
+        if "mask" in self.weights:
+            self.weights["embedding"] /= float(statistics["teacher_variance"].mean())
+        if start_from_them:
+            norm = self.student.image_encoder.norm
+            with torch.no_grad():
+                norm.bias.copy_(statistics["teacher_mean"])
+                norm.weight.copy_(statistics["teacher_variance"].sqrt())
+
+
+# ------------------------------------------------------------------------------------------------------------ script
+
+def compute_targets(arguments, world, cases, slices, val_cases, val_slices, cache):
+    """Fill the folder --embeddings. Returns the training slices with an embedding, and all that are of use."""
+    folder = arguments.embeddings
+    with world.first_goes_ahead():
+        claim_folder(folder, resolve(arguments.teacher))
+    flips = [(False, False)]
+    if arguments.flips and not arguments.mask_loss:
+        flips += [(True, False), (False, True), (True, True)]
+    chosen = draw_slices(cases, slices, arguments.embeddings_limit, arguments.seed, power=0.5)
+    keep_embeddings(arguments, world, val_cases, val_slices, cache, flips[:1], "teacher on validation slices")
+    keep_embeddings(arguments, world, cases, chosen, cache, flips, "teacher on training slices")
+    known = [(index, z) for index, z in slices if embedding_path(folder, cases[index], z).exists()]
+    if not known:
+        raise ValueError(f"{folder}: --embeddings-limit: expected an embedding of some training slice, found none")
+    labelled = slices_of(arguments, world, cases, cache, labelled_only=True) if arguments.mask_loss else []
+    useful = {*known, *labelled}                                               # the others serve where they have masks
+    return known, [item for item in slices if item in useful]
+
+
+def train(arguments, world):
+    """Read the cases, build the task, train; returns the exit status. ValueError, one line, for bad input."""
+    if arguments.mask_loss and not arguments.decoder_weights:
+        raise ValueError("--mask-loss: expected --decoder-weights FILE beside it, e.g. lite_medsam, found none")
+    changed = arguments.augment or arguments.photometric
+    if arguments.embeddings and changed and not (arguments.mask_loss or arguments.plain):
+        raise ValueError("--augment, --photometric: expected --mask-loss or --plain beside them, found none: with "
+                         "--embeddings such samples have no target")
+    student = build_student(arguments)
+    size = check_size(arguments, student)
+    resolve(arguments.teacher)                                                 # missing: say so before the cases are read
+    cases, val_cases, cache = split_data(arguments)
+    slices = slices_of(arguments, world, cases, cache, labelled_only=False)
+    if arguments.limit_samples:
+        slices = draw_slices(cases, slices, arguments.limit_samples, arguments.seed)
+    val_slices = validation_slices(arguments, world, val_cases, cache, labelled_only=bool(arguments.decoder_weights))
+    common, known, teacher = dict(embeddings=arguments.embeddings), slices, None
+    if arguments.embeddings:
+        known, slices = compute_targets(arguments, world, cases, slices, val_cases, val_slices, cache)
+    else:
+        teacher = load_teacher(arguments, world)
+        common = dict(teacher_size=teacher.image_size, teacher_resize=teacher.resize)
+    student = world.to_device(student)
+
+    common |= dict(size=size, resize=student.resize, prompt_size=student.image_size)
+    mode = "full" if arguments.augment else "flips" if arguments.flips else "none"
+    prompts = drawing(arguments) | {"max_boxes": arguments.boxes if arguments.mask_loss else 0}
+    dataset = SliceDataset(cases, slices, cache, augment=mode, plain=arguments.plain, **prompts, **common)
+    prompts = VALIDATION if arguments.decoder_weights else {}
+    validation = SliceDataset(val_cases, val_slices, cache, **common, **prompts)
+    task = Distillation(arguments, world, student, teacher, validation, val_cases, val_slices)
+    if arguments.resume:
+        statistics = read_last(arguments.out)["extra"]
+    else:
+        some = draw_slices(cases, known, STATISTICS_SLICES, arguments.seed, power=0.5)
+        some = SliceDataset(cases, some, cache, **common)
+        with world.autocast():
+            statistics = statistics_of(task.target(one_batch(some, i, world))[0] for i in range(len(some)))
+    task.use_statistics(statistics, arguments.start_from_statistics)
+    trainer = Trainer(arguments, world, task, dataset, make_sampler(arguments, world, cases, slices))
+    say(f"{len(slices)} training slices of {len(cases)} cases, {len(val_slices)} validation slices of {len(val_cases)}; "
+        f"student {student.name} at {size}; {trainer.steps} updates of {trainer.batch} samples")
     return trainer.fit()
 
 
+def main(argv=None):
+    """Train as the command line says; returns the exit status."""
+    return run_script(train, parse_arguments(argv))
+
+
 if __name__ == "__main__":
-    run_script(main)
+    sys.exit(main())

@@ -1,145 +1,104 @@
-"""One process or several (torchrun): device, precision, sums over processes, batch norm over the whole batch.
+"""One process or several (torchrun): device, precision, sums over processes.
 
-Gradients are summed by hand after the backward pass rather than by DistributedDataParallel: the losses are means over
-objects, of which the processes hold different numbers, so each process divides by the global count and the sum is
-exactly what one process with the whole batch would have computed.
+Several processes compute what one process with the whole batch would: each scales its loss by its share of the
+objects, and torch's DistributedDataParallel averages the gradients. Batch norm sees the batches of all processes on
+GPUs (torch.nn.SyncBatchNorm, which is for GPUs alone); on several CPU processes each normalises with its own batch, and
+the running statistics are those of the first process.
 """
-import atexit
 import os
 import re
+import sys
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
+from torch import nn
 
 from ..machine import native_bf16
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# The others wait while the first process unpacks volumes or the slowest one computes its share of the embeddings.
+LONGEST_WAIT = timedelta(hours=2)
 
-class World:
-    """This process among `size` of them. `device` "auto": its own GPU, else the CPU; `amp` "auto" or "off".
 
-    ValueError with one line for a device that is not here.
+class Distributed:
+    """This process, number `rank` among `size` of them, with its `device` and precision.
+
+    Several processes are believed in only where all of torchrun's variables are set: RANK and WORLD_SIZE alone are left
+    over from something else, and the run would do a part of the work without a word.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1", … or "auto", the process's own GPU and else the CPU.
+        amp: "auto" for bfloat16 where the hardware has it, or "off".
+
+    Raises:
+        ValueError: a device that is not here, with one line.
     """
 
     def __init__(self, device="auto", amp="auto"):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        missing = [name for name in TORCHRUN if name not in os.environ]
+        left_over = [name for name in TORCHRUN[:3] if name in os.environ]
+        if missing and left_over:
+            print(f"{', '.join(left_over)} in the environment: ignored, expected {', '.join(missing)} beside it as "
+                  "torchrun sets them; this is the only process", file=sys.stderr)
+        self.rank, self.size, local = (0, 1, 0) if missing else (int(os.environ[name]) for name in TORCHRUN[:3])
+        self.first = self.rank == 0
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
             raise ValueError(f"--device: expected auto, cpu, cuda or cuda:N, found {device}")
         gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
-        if gpu and not torch.cuda.is_available():
-            raise ValueError(f"--device {device}: no such GPU here, expected cpu")
-        if gpu and device in ("auto", "cuda"):
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        if gpu and ":" not in device:
+            device = f"cuda:{local}"
         if gpu and int(device[len("cuda:"):]) >= torch.cuda.device_count():
-            raise ValueError(f"--device: expected one of the {torch.cuda.device_count()} GPUs here, counted from 0, found {device}")
+            raise ValueError(f"--device: expected cpu or one of the {torch.cuda.device_count()} GPUs here, counted "
+                             f"from 0, found {device}")
         self.device = torch.device(device if gpu else "cpu")
         if gpu:
             torch.cuda.set_device(self.device)
         if self.size > 1 and not dist.is_initialized():
-            # The others wait while the first one unpacks volumes or the slowest one computes its embeddings.
-            dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=1))
-            atexit.register(dist.destroy_process_group)
+            dist.init_process_group("nccl" if gpu else "gloo", timeout=LONGEST_WAIT)
         self.bf16 = amp != "off" and (torch.cuda.is_bf16_supported(including_emulation=False) if gpu else native_bf16())
 
-    @property
-    def first(self):
-        return self.rank == 0
-
     def autocast(self):
+        """The context in which networks are called: bfloat16 where that was asked for and is there."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def to_device(self, batch):
-        """A dict of tensors to the device, images channels-last."""
+        """Bring a module, or a dict of tensors, to the device; networks and images (keys …image) channels-last."""
+        if isinstance(batch, nn.Module):
+            if self.size > 1 and self.device.type == "cuda":
+                batch = nn.SyncBatchNorm.convert_sync_batchnorm(batch)
+            return batch.to(self.device, memory_format=torch.channels_last)
         batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
         return {key: value.contiguous(memory_format=torch.channels_last) if key.endswith("image") else value
                 for key, value in batch.items()}
 
     def sum(self, values):
-        """Sum of each number of a dict (same keys everywhere) over the processes, in float64."""
-        if self.size == 1:
-            return {key: float(value) for key, value in values.items()}
+        """Sum each number of a dict (same keys everywhere) over the processes, in float64."""
         total = torch.tensor([float(value) for value in values.values()], dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        if self.size > 1:
+            dist.all_reduce(total)
         return dict(zip(values, total.tolist()))
 
-    @torch.no_grad()
-    def sum_gradients(self, params):
-        """Sum every gradient over the processes; a parameter without one stays so only if no process has one."""
-        if self.size == 1:
-            return
-        params = [p for p in params if p.requires_grad]
-        has = torch.tensor([p.grad is not None for p in params], dtype=torch.float32, device=self.device)
-        flat = torch.cat([has] + [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in params])
-        dist.all_reduce(flat)
-        has, *grads = flat.split([len(params)] + [p.numel() for p in params])
-        for p, any_has, grad in zip(params, has.tolist(), grads):
-            p.grad = torch.empty_like(p).copy_(grad.view(p.shape)) if any_has else None
-
-    @torch.no_grad()
-    def same_start(self, model):
-        """Give every process the weights of the first, and batch norms that see the batches of all."""
-        if self.size == 1:
-            return
-        for tensor in model.state_dict().values():
-            flat = tensor.contiguous()       # channels-last weights travel in their logical order
-            dist.broadcast(flat, 0)
-            tensor.copy_(flat)
-        for module in model.modules():
-            if type(module) is nn.BatchNorm2d:
-                module.__class__ = SharedBatchNorm2d
-
     def wait(self):
-        if self.size > 1:
-            dist.barrier()
+        """Return when all processes have come here."""
+        self.sum({})
 
     @contextmanager
     def first_goes_ahead(self):
-        """The first process runs the block before the others do (they then find what it wrote)."""
+        """Run the block in the first process before the others run it, who then find what it wrote.
+
+        ValueError in the others if it fails in the first one.
+        """
+        failed = 1
+        try:
+            if self.first:
+                yield
+            failed = 0
+        finally:
+            # The first process says how it ended, also when it leaves by an error; the others wait for that.
+            failed = self.sum({"failed": failed})["failed"]
+        if failed:
+            raise ValueError("stopped: the first process failed")
         if not self.first:
-            self.wait()
-        yield
-        if self.first:
-            self.wait()
-
-
-class _SumOverProcesses(torch.autograd.Function):
-    """All-reduce with its gradient: the loss of every process depends on the sum, so gradients are summed too."""
-
-    @staticmethod
-    def forward(_, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(_, grad):
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad)
-        return grad
-
-
-class SharedBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm whose statistics in training come from the batches of all processes; same keys as BatchNorm2d.
-
-    torch.nn.SyncBatchNorm does this on GPUs only.
-    """
-
-    def forward(self, x):                                                     # (B, C, H, W)
-        if not self.training:
-            return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
-            values = x.float()
-            ones = values.new_tensor([values.numel() / values.shape[1]])
-            sums = torch.cat([values.sum((0, 2, 3)), (values ** 2).sum((0, 2, 3)), ones])
-            total, squares, count = _SumOverProcesses.apply(sums).split([values.shape[1], values.shape[1], 1])
-            mean = total / count
-            variance = (squares / count - mean ** 2).clamp(min=0)
-            with torch.no_grad():
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), self.momentum)
-                self.num_batches_tracked += 1
-            scale = self.weight / (variance + self.eps).sqrt()
-            shift = self.bias - mean * scale
-            return (values * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+            yield

@@ -1,19 +1,25 @@
-"""Optimiser, learning-rate schedules, gradient clipping and weight averaging, written out.
+"""The optimiser, three learning-rate schedules and the moving average of the weights.
 
-Schedules follow torch's habit: build them after the optimiser, call `step` after the optimiser's (or after the epoch).
-A run is resumed by building the same objects and loading the optimiser's and the schedule's state.
+The schedules share one interface, so that the training loop need not know which one it has: build one after the
+optimiser, call `after_update()` after each of its steps and `after_epoch(score)` after each validation. A run is
+resumed by building the same objects again and loading the states of the optimiser and of the schedule.
 """
-from contextlib import contextmanager
 from math import cos, pi, sqrt
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 
 class AdamW(torch.optim.Optimizer):
-    """Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101, Algorithm 2) and bias correction.
+    """Adam with decoupled weight decay and bias correction (Loshchilov & Hutter, arXiv 1711.05101, Algorithm 2).
 
-    params: parameters or groups of them, each group with its own lr or weight_decay if it names them. Works on lists
-    of tensors (`torch._foreach_*`): a few large operations instead of several small ones for each parameter.
+    It works on lists of tensors (`torch._foreach_*`): a few large operations instead of several for each parameter.
+
+    Args:
+        params: parameters, or groups of them, each with its own `lr` or `weight_decay` if it names them.
+
+    Raises:
+        ValueError: a negative number, or a beta that is not below 1.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2):
@@ -23,12 +29,8 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """One update of every parameter that has a gradient; the others stay, without decay, as in torch."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self):
+        """Update every parameter that has a gradient; the others stay, without decay, as in torch's AdamW."""
         for group in self.param_groups:
             # One list per step count and device: a parameter that had no gradient for a while lags behind.
             lists = {}
@@ -43,7 +45,6 @@ class AdamW(torch.optim.Optimizer):
                 lists.setdefault((state["step"], p.device), []).append(member)
             for (step, _), members in lists.items():
                 self._update(step, *(list(column) for column in zip(*members)), group)
-        return loss
 
     def _update(self, step, params, grads, exp_avgs, exp_avg_sqs, group):
         lr, (beta1, beta2) = group["lr"], group["betas"]
@@ -57,143 +58,109 @@ class AdamW(torch.optim.Optimizer):
         torch._foreach_addcdiv_(params, exp_avgs, denominators, -lr / (1 - beta1 ** step))
 
 
-class ReduceLROnPlateau:
-    """Multiply the learning rates by `factor` when `step(metric)` has seen no better metric for `patience` + 1 calls.
-
-    Better: below best * (1 - threshold) for mode "min", above best * (1 + threshold) for "max". As torch's.
-    """
-
-    def __init__(self, optimizer, mode="min", factor=0.1, patience=10, threshold=1e-4, min_lr=0.0):
-        self.optimizer, self.mode, self.factor = optimizer, mode, factor
-        self.patience, self.threshold, self.min_lr = patience, threshold, min_lr
-        self.best, self.bad = float("inf") if mode == "min" else -float("inf"), 0
-
-    def step(self, metric):
-        metric = float(metric)
-        if (metric < self.best * (1 - self.threshold) if self.mode == "min"
-                else metric > self.best * (1 + self.threshold)):
-            self.best, self.bad = metric, 0
-        else:
-            self.bad += 1
-        if self.bad > self.patience:
-            self.bad = 0
-            for group in self.optimizer.param_groups:
-                lr = max(group["lr"] * self.factor, self.min_lr)
-                if group["lr"] - lr > 1e-8:  # torch's smallest change
-                    group["lr"] = lr
-
-    def state_dict(self):
-        return {"best": self.best, "bad": self.bad}
-
-    def load_state_dict(self, state):
-        self.best, self.bad = state["best"], state["bad"]
-
-
-class CosineAnnealing:
-    """Half a cosine from the groups' learning rates to `min_lr` (SGDR, arXiv 1608.03983, Eq. 5), one `step` per update.
-
-    `steps` updates in all; the first `warmup` of them rise linearly, update k (from 0) by (k + 1) / warmup. After
-    `steps` the rate stays at `min_lr`.
-    """
-
-    def __init__(self, optimizer, steps, min_lr=0.0, warmup=0):
-        if not 0 <= warmup < max(steps, 1):
-            raise ValueError(f"CosineAnnealing: warm-up of {warmup} updates, expected fewer than the {steps} in all")
-        self.optimizer, self.steps, self.min_lr, self.warmup = optimizer, max(steps, 1), min_lr, warmup
-        self.base = [group["lr"] for group in optimizer.param_groups]
-        self.count = 0
-        self._set()
-
-    def _set(self):
-        for group, base in zip(self.optimizer.param_groups, self.base):
-            if self.count < self.warmup:
-                group["lr"] = base * (self.count + 1) / self.warmup
-            else:
-                done = min(1.0, (self.count - self.warmup) / (self.steps - self.warmup))
-                group["lr"] = self.min_lr + (base - self.min_lr) * (1 + cos(pi * done)) / 2
-
-    def step(self):
-        self.count += 1
-        self._set()
-
-    def state_dict(self):
-        return {"base": self.base, "count": self.count}
-
-    def load_state_dict(self, state):
-        self.base, self.count = list(state["base"]), state["count"]
-        self._set()
-
-
 class HalveEachEpoch:
-    """Multiply the learning rates by `factor` with each `step`, once per epoch."""
+    """Halve the learning rates after each epoch; also the interface and the resuming that the other schedules share."""
+    remembered = ()  # names of what a resumed run must know; the learning rates are in the optimiser's state
 
-    def __init__(self, optimizer, factor=0.5):
-        self.optimizer, self.factor = optimizer, factor
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
 
-    def step(self):
+    def after_update(self):
+        """Called after each update of the weights."""
+
+    def after_epoch(self, score):
+        """Called after each epoch with the score of its validation."""
+        self.multiply(0.5)
+
+    def multiply(self, factor):
+        """Multiply the learning rates of all groups."""
         for group in self.optimizer.param_groups:
-            group["lr"] *= self.factor
+            group["lr"] *= factor
 
     def state_dict(self):
-        return {}  # the learning rate itself is in the optimiser's state
+        """Return {name: number}: what `load_state_dict` of another object needs to go on."""
+        return {name: getattr(self, name) for name in self.remembered}
 
     def load_state_dict(self, state):
-        pass
+        """Take over what `state_dict` gave; the optimiser's own state holds the learning rates."""
+        vars(self).update(state)
 
 
-@torch.no_grad()
-def clip_grad_norm(params, max_norm):
-    """Scale all gradients so that their joint L2 norm is at most `max_norm`; returns the norm before, a 0-d tensor.
+class ReduceLROnPlateau(HalveEachEpoch):
+    """Multiply the learning rates by `factor` after more than `patience` epochs in a row without a better score.
 
-    A norm that is not finite makes the gradients so too: look at it before the optimiser's step.
+    Better is below best * (1 - 0.0001) for mode "min" and above best * (1 + 0.0001) for "max", as in torch.
     """
-    grads = [p.grad for p in params if p.grad is not None]
-    if not grads:
-        return torch.zeros(())
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).float())
-    torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+    remembered = ("best", "bad")
+
+    def __init__(self, optimizer, mode="min", factor=0.5, patience=0):
+        super().__init__(optimizer)
+        self.sign = 1 if mode == "min" else -1                    # a score to maximise is a negative one to minimise
+        self.factor, self.patience = factor, patience
+        self.best, self.bad = self.sign * float("inf"), 0
+
+    def after_epoch(self, score):
+        """Compare the score with the best so far."""
+        self.bad += 1
+        if self.sign * score < self.sign * self.best * (1 - self.sign * 1e-4):
+            self.best, self.bad = score, 0
+        if self.bad > self.patience:
+            self.multiply(self.factor)
+            self.bad = 0
 
 
-class Average:
-    """Exponential moving average of a model's weights and buffers (Polyak & Juditsky 1992).
+class CosineAnnealing(HalveEachEpoch):
+    """Lower the learning rates along half a cosine to zero (SGDR, arXiv 1608.03983, Eq. 5), at each update.
 
-    average += (1 - d) * (weights - average) after each update, d = min(decay, (1 + n) / (10 + n)) at update n, so that
-    the random start is soon forgotten. What is not floating point is copied. `average.state_dict()["weights"]` has the
-    keys of the model's own state dict.
+    Args:
+        steps: updates in all; afterwards the rate stays at zero.
+        warmup: the first updates, in which the rate rises linearly: update k (from 0) has (k + 1) / warmup of it.
+
+    Raises:
+        ValueError: the warm-up is as long as the run or longer.
     """
+    remembered = ("count",)
 
-    def __init__(self, model, decay=0.999):
-        self.decay, self.updates = decay, 0
-        self.weights = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    def __init__(self, optimizer, steps, warmup=0):
+        if not 0 <= warmup < steps:
+            raise ValueError(f"CosineAnnealing: warm-up of {warmup} updates, expected fewer than the {steps} in all")
+        super().__init__(optimizer)
+        self.steps, self.warmup, self.count = steps, warmup, -1
+        self.base = [group["lr"] for group in optimizer.param_groups]
+        self.after_update()
 
-    @torch.no_grad()
-    def update(self, model):
-        """Take in the model's present weights: call after each optimiser step."""
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        state = model.state_dict()
-        floating = [key for key, value in self.weights.items() if value.is_floating_point()]
-        if floating:
-            torch._foreach_lerp_([self.weights[key] for key in floating], [state[key] for key in floating], 1 - decay)
-        for key, value in self.weights.items():
-            if not value.is_floating_point():
-                value.copy_(state[key])
+    def after_update(self):
+        """Set the rates of the next update."""
+        self.count += 1
+        done = min(1.0, (self.count - self.warmup) / (self.steps - self.warmup))
+        factor = (self.count + 1) / self.warmup if self.count < self.warmup else (1 + cos(pi * done)) / 2
+        for group, base in zip(self.optimizer.param_groups, self.base):
+            group["lr"] = base * factor
 
-    @contextmanager
-    def applied(self, model):
-        """with average.applied(model): ... the model holds the averaged weights; afterwards its own again."""
-        own = {key: value.detach().clone() for key, value in model.state_dict().items()}
-        model.load_state_dict(self.weights)
-        try:
-            yield model
-        finally:
-            model.load_state_dict(own)
+    def after_epoch(self, score):
+        """An epoch's end changes nothing."""
 
-    def state_dict(self):
-        return {"updates": self.updates, "weights": self.weights}
 
-    def load_state_dict(self, state):
-        self.updates = state["updates"]
-        for key, value in self.weights.items():
-            value.copy_(state["weights"][key])
+def schedule_of(arguments, optimizer, steps, mode):
+    """Return the schedule that --schedule names; `mode` "min" or "max" says which scores are better."""
+    if arguments.schedule == "cosine":
+        return CosineAnnealing(optimizer, steps, arguments.warmup)
+    return HalveEachEpoch(optimizer) if arguments.schedule == "halve" else ReduceLROnPlateau(optimizer, mode)
+
+
+def moving_average(model, decay):
+    """An exponential moving average of a model's weights and buffers (Polyak & Juditsky 1992) as torch's AveragedModel.
+
+    Call `update_parameters(model)` after each update; the averaged network is `.module`. At update n the average moves
+    by 1 - d towards the weights, d = min(decay, (1 + n) / (10 + n)), so that the random start is soon forgotten. What
+    is not floating point, such as batch norm's counters, is copied.
+    """
+    def average(averages, weights, n):
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + int(n)) / (10 + int(n))))
+        else:
+            torch._foreach_copy_(averages, weights)
+
+    averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    averaged.n_averaged.fill_(1)    # at 0 torch would put the weights of the first update in the start's place
+    return averaged

@@ -1,6 +1,8 @@
-"""What both training scripts are given: common options, the cases split in two, slices, the order of the samples."""
+"""What both training scripts are given: their common options, the cases split in two, slices, validation."""
+import argparse
 import io
 import math
+import shlex
 import sys
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
@@ -8,19 +10,33 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from .samples import EpochSampler, balance_weights, list_slices, scan_cases, split_cases
+from ..files import first_line
+from ..inference.names import patient_of
 from ..machine import keep_memory
-from .distributed import World
+from ..show.progress import ProgressBar
+from .cases import balance_weights, describe_patients, list_slices, scan_cases, split_cases
+from .distributed import Distributed
+from .samples import EpochSampler
 from .volume_cache import SliceCache
 
 
-def add_common_arguments(parser, *, out, lr, weight_decay, batch_size, schedule, schedules, boxes):
-    """Options of both scripts; the keyword arguments are the defaults in which the paper's two tables differ."""
+def common_parser(doc, **defaults):
+    """Return a parser with the options of both scripts; `defaults` are those in which the paper's two tables differ.
+
+    `@FILE` on the command line stands for the options in that file, which are read like a shell's: several on a line,
+    quotes, comments behind #.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     fromfile_prefix_chars="@")
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
     add = parser.add_argument_group("data").add_argument
     add("--data", default="data/train", metavar="DIR", help="NPZ cases, searched recursively (default: %(default)s)")
     add("--val", metavar="DIR", help="validation cases; without it --val-fraction of the patients of --data")
     add("--val-fraction", type=float, default=0.1, help="part of the patients kept for validation (default: %(default)s)")
+    add("--patient", metavar="REGEX", help="what in a file's name tells the patient: the first group or the whole match "
+        "(default: guessed, e.g. P001 of P001_slice01)")
     add("--val-limit", type=int, default=200, metavar="N", help="validate on at most N slices (default: %(default)s)")
     add("--strict", action="store_true", help="stop at a bad file instead of skipping it")
     add("--limit-samples", type=int, metavar="N", help="train on N slices drawn at random")
@@ -31,26 +47,30 @@ def add_common_arguments(parser, *, out, lr, weight_decay, batch_size, schedule,
     add("--cache-mb", type=int, default=20000, help="size limit of --cache in MiB (default: %(default)s)")
     add("--size", type=int, metavar="PIXELS", help="side of the network's input (default: the network's own); a smaller "
         "multiple of 32 makes cheap early epochs of the EfficientViT networks")
-    add("--boxes", type=int, default=boxes, metavar="N", help="objects drawn per image (default: %(default)s)")
+    add("--boxes", type=int, metavar="N", help="objects drawn per image (default: %(default)s)")
     add("--box-shift", type=int, default=5, metavar="PIXELS", help="largest outward shift of a box's side (default: 5)")
     add("--box-jitter", type=float, default=0.0, metavar="PART", help="and shift either way by up to this part of the "
         "box's side, below 0.5 (default: 0)")
+    add("--in-use", type=float, default=0.0, metavar="PART", help="part of the samples of volumes whose boxes are those "
+        "that inference gives each slice, sometimes beyond the object's end, where the mask is empty (default: 0)")
+    add("--photometric", action="store_true", help="change brightness, contrast, sharpness, noise and colours at random")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--bs", type=int, default=batch_size, help="batch size of each process (default: %(default)s)")
+    add("--bs", type=int, help="batch size of each process (default: %(default)s)")
     add("--accumulate", type=int, default=1, metavar="N", help="add the gradients of N batches for one update")
     add("--epochs", type=int, default=8, help="default: %(default)s")
     add("--steps", type=int, metavar="N", help="stop after N updates instead of --epochs")
-    add("--lr", type=float, default=lr, help="learning rate (default: %(default)s)")
-    add("--weight-decay", type=float, default=weight_decay, help="default: %(default)s")
+    add("--lr", type=float, help="learning rate (default: %(default)s)")
+    add("--weight-decay", type=float, help="default: %(default)s")
     add("--decay-matrices-only", action="store_true", help="no weight decay on biases and norms")
-    add("--schedule", choices=schedules, default=schedule, help="plateau: halve after an epoch without gain; halve: "
+    add("--schedule", choices=("plateau", "halve", "cosine"), help="plateau: halve after an epoch without gain; halve: "
         "after each epoch; cosine: to zero over all updates (default: %(default)s)")
     add("--warmup", type=int, default=0, metavar="STEPS", help="linear rise of the learning rate, with cosine")
     add("--clip", type=float, default=0.5, help="largest gradient norm (default: %(default)s)")
-    add("--average", type=float, metavar="DECAY", help="validate and write a moving average of the weights, e.g. 0.999")
+    add("--average", "--ema", dest="ema", type=float, metavar="DECAY", help="validate and write an exponential moving "
+        "average of the weights, e.g. 0.999")
     add("--seed", type=int, default=42, help="default: %(default)s")
     add = parser.add_argument_group("run").add_argument
-    add("--out", type=Path, default=out, metavar="DIR", help="folder of checkpoints and log (default: %(default)s)")
+    add("-o", "--out", metavar="DIR", help="folder of checkpoints and log (default: %(default)s)")
     add("--resume", action="store_true", help="go on from OUT/last.pt; give the other options as before")
     add("--minutes", type=float, metavar="M", help="stop after M minutes, saved; --resume goes on")
     add("--save-minutes", type=float, default=10, metavar="M", help="time between checkpoints (default: %(default)s)")
@@ -59,25 +79,46 @@ def add_common_arguments(parser, *, out, lr, weight_decay, batch_size, schedule,
     add("--amp", choices=("auto", "off"), default="auto", help="auto: bfloat16 where the hardware has it")
     add("--threads", type=int, help="CPU threads of each process")
     add("--workers", type=int, default=1, help="processes that read samples (default: %(default)s)")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def run_script(train, arguments):
+    """Return the exit status of train(arguments, Distributed); a bad input is one line on stderr and status 1.
+
+    Of several processes the first alone speaks, but for such lines.
+    """
+    try:
+        world = start(arguments)
+        with nullcontext() if world.first else redirect_stderr(io.StringIO()):
+            return train(arguments, world)
+    except (ValueError, OSError) as error:
+        text = str(error)
+        in_worker = text.startswith("Caught ")                                 # its last line is the error itself
+        print(text.splitlines()[-1].split(": ", 1)[-1] if in_worker else first_line(error), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped at once; the same command goes on (with --resume if OUT/last.pt exists)", file=sys.stderr)
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def start(arguments):
-    """Check what is common, fix threads and seed, join the other processes: World. ValueError, one line."""
-    for name, low in (("bs", 1), ("accumulate", 1), ("epochs", 1), ("steps", 1), ("samples_per_epoch", 1), ("lr", 0),
-                      ("limit_samples", 1), ("val_limit", 1), ("log_steps", 1), ("workers", 0), ("warmup", 0),
-                      ("boxes", 1), ("box_shift", 0)):
+    """Check what is common, fix threads and seed, join the other processes: Distributed. ValueError, one line."""
+    ranges = dict.fromkeys(("bs", "accumulate", "epochs", "steps", "samples_per_epoch", "limit_samples", "val_limit",
+                            "log_steps", "boxes"), (1, math.inf))
+    ranges |= dict.fromkeys(("lr", "workers", "warmup", "box_shift"), (0, math.inf))
+    ranges |= {"in_use": (0, 1), "box_jitter": (0, 0.499), "val_fraction": (0.001, 0.999), "ema": (0.001, 1 - 1e-9)}
+    for name, (low, high) in ranges.items():
         value = getattr(arguments, name)
-        if value is not None and value < low:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least {low}, found {value}")
-    if not 0 <= arguments.box_jitter < 0.5:                                    # from there on a box may turn inside out
-        raise ValueError(f"--box-jitter: expected at least 0 and below 0.5, found {arguments.box_jitter}")
+        if value is not None and not low <= value <= high:
+            expected = f"at least {low}" if high == math.inf else f"{low:g} to {high:g}"
+            raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, found {value}")
     if arguments.warmup and arguments.schedule != "cosine":
         raise ValueError(f"--warmup: needs --schedule cosine, found {arguments.schedule}")
-    if not 0 < arguments.val_fraction < 1:
-        raise ValueError(f"--val-fraction: expected a number between 0 and 1, found {arguments.val_fraction}")
-    if arguments.average is not None and not 0 < arguments.average < 1:
-        raise ValueError(f"--average: expected a decay between 0 and 1, found {arguments.average}")
-    last = arguments.out / "last.pt"
+    last = Path(arguments.out) / "last.pt"
     if arguments.resume and not last.is_file():
         raise ValueError(f"{last}: --resume: no such checkpoint")
     if not arguments.resume and last.exists():
@@ -87,41 +128,54 @@ def start(arguments):
     keep_memory()
     cv2.setNumThreads(1)
     torch.manual_seed(arguments.seed)
-    return World(arguments.device, arguments.amp)
+    return Distributed(arguments.device, arguments.amp)
 
 
 def check_size(arguments, network):
-    """The input side of `network` (a Sam) in this run; EfficientViT networks take smaller ones."""
+    """Return the input side of `network` (a Sam) in this run; EfficientViT networks take smaller ones. ValueError."""
     size = arguments.size or network.image_size
-    if size != network.image_size and (not network.name.startswith("medficientsam") or size % 32 or size < 64):
-        expected = "a multiple of 32" if network.name.startswith("medficientsam") else f"{network.image_size}"
+    flexible = network.name.startswith("medficientsam")
+    if size != network.image_size and (not flexible or size % 32 or size < 64):
+        expected = "a multiple of 32 from 64" if flexible else f"{network.image_size}"
         raise ValueError(f"--size: expected {expected} for {network.name}, found {size}")
     return size
 
 
-def split_data(arguments, world, need_masks=False):
-    """(training cases, validation cases, SliceCache) of --data and --val. ValueError with one line."""
-    with quiet(world):
-        cases = scan_cases(arguments.data, arguments.strict, need_masks=need_masks)
-        if arguments.val:
-            train, val = cases, scan_cases(arguments.val, arguments.strict, need_masks=need_masks)
-        else:
-            train, val = split_cases(cases, arguments.val_fraction, arguments.seed)
+# ------------------------------------------------------------------------------------------------- cases and slices
+
+def split_data(arguments, need_masks=False):
+    """Return training cases, validation cases and the SliceCache of --data and --val. ValueError, one line."""
+    cases = scan_cases(arguments.data, arguments.strict, need_masks=need_masks)
+    if arguments.val:
+        val = scan_cases(arguments.val, arguments.strict, need_masks=need_masks)
+        train = outside_validation(cases, val, arguments)
+    else:
+        train, val = split_cases(cases, arguments.val_fraction, arguments.seed, arguments.patient)
+    print(describe_patients([*train, *val], arguments.patient), file=sys.stderr)
     return train, val, SliceCache(arguments.cache, arguments.cache_mb)
 
 
-def quiet(world):
-    """The first process alone may speak."""
-    return nullcontext() if world.first else redirect_stderr(io.StringIO())
+def outside_validation(cases, val, arguments):
+    """Leave out of the cases of --data those that --val holds too, and the other files of their patients."""
+    held = {case.path.resolve() for case in val}
+    patients = {patient_of(case.path, arguments.patient) for case in cases if case.path.resolve() in held}
+    train = [case for case in cases if patient_of(case.path, arguments.patient) not in patients]
+    if patients:
+        print(f"{arguments.val}: lies inside {arguments.data}: {len(cases) - len(train)} cases of {len(patients)} "
+              "patients are for validation alone", file=sys.stderr)
+    if not train:
+        raise ValueError(f"{arguments.data}: --data: expected cases of patients that --val does not hold, found none")
+    return train
 
 
 def slices_of(arguments, world, cases, cache, labelled_only):
-    with world.first_goes_ahead(), quiet(world):
+    """Return [(case index, z)]; the first process reads the labels, the others then find them in the cache."""
+    with world.first_goes_ahead():
         return list_slices(cases, cache, labelled_only, arguments.strict)
 
 
 def validation_slices(arguments, world, cases, cache, labelled_only):
-    """At most --val-limit slices, the same in every run. ValueError with one line where there is none."""
+    """Return at most --val-limit slices, the same in every run. ValueError with one line where there is none."""
     slices = slices_of(arguments, world, cases, cache, labelled_only)
     if not slices:
         raise ValueError(f"{arguments.val or arguments.data}: no validation slice{' with a label' * labelled_only} in "
@@ -130,7 +184,7 @@ def validation_slices(arguments, world, cases, cache, labelled_only):
 
 
 def draw_slices(cases, slices, count, seed, power=None):
-    """`count` different slices in random order; `power` favours small modalities as `balance_weights` does."""
+    """Return `count` different slices in random order; `power` favours small modalities as `balance_weights` does."""
     rng = np.random.default_rng(seed)
     weights = np.ones(len(slices)) if power is None else balance_weights(cases, slices, power)
     order = np.argsort(-np.log(1 - rng.random(len(slices))) / weights)  # Efraimidis & Spirakis 2006: no replacement
@@ -138,50 +192,50 @@ def draw_slices(cases, slices, count, seed, power=None):
 
 
 def make_sampler(arguments, world, cases, slices):
-    """EpochSampler over the slices, balanced if asked. ValueError when they do not fill a batch."""
+    """Return an EpochSampler over the slices, balanced if asked. ValueError when they do not fill a batch."""
     batch = arguments.bs * world.size * arguments.accumulate
     total = arguments.samples_per_epoch or len(slices)
     if batch > min(total, len(slices)):
-        raise ValueError(f"--bs: an update takes {batch} samples, more than the {len(slices)} slices"
-                         + (f" or the {total} samples of an epoch" if arguments.samples_per_epoch else ""))
+        raise ValueError(f"--bs: expected at most the {len(slices)} slices and the {total} samples of an epoch, found "
+                         f"{batch} samples in an update")
     weights = None if arguments.balance is None else balance_weights(cases, slices, arguments.balance)
     return EpochSampler(len(slices), arguments.seed, world.rank, world.size, weights, arguments.samples_per_epoch)
 
 
-def modality_means(cases, slices, scores, world, label="dsc"):
-    """Scores {index into slices: mean score}, from this process, -> {label: mean over modalities, label_CT: …}.
+# ------------------------------------------------------------------------------------------------------- validation
 
-    Slices of one case are averaged first. The modalities are those of `slices`, whichever of them got a score.
+def drawing(arguments):
+    """Return how the options draw training samples, as keyword arguments of SliceDataset."""
+    return dict(max_boxes=arguments.boxes, box_shift=arguments.box_shift, box_jitter=arguments.box_jitter,
+                in_use=arguments.in_use, photometric=arguments.photometric, seed=arguments.seed)
+
+
+# Prompts of validation: boxes as loose as users draw them, the same in every run, stage and network.
+VALIDATION = dict(max_boxes=5, box_shift=5, box_jitter=0.03, seed=0)
+
+
+def one_batch(dataset, index, world):
+    """Return a batch of one sample of a data set, on the device: the same whenever it is asked for."""
+    return world.to_device({key: value[None] for key, value in dataset.sample(0, index, index).items()})
+
+
+def validation_batches(dataset, world):
+    """Yield (index, batch of that one sample) for this process's share of a validation set."""
+    share = range(world.rank, len(dataset), world.size)
+    for index in ProgressBar(share, len(share), "validation"):
+        yield index, one_batch(dataset, index, world)
+
+
+def modality_means(cases, slices, scores, world):
+    """Average validation scores over the slices of a case, then the cases of a modality, then modalities.
+
+    `scores` {index into slices: score} are those of this process; returns {"dsc": mean, "dsc_CT": mean of CT, …}.
     """
-    sums = {}
-    for index, (case_index, _) in enumerate(slices):
-        total = sums.setdefault(f"{cases[case_index].modality}/{case_index}", 0.0)
-        sums[f"{cases[case_index].modality}/{case_index}"] = total + scores.get(index, 0.0)
-    counts = dict.fromkeys(sums, 0)
-    for index in scores:
-        case_index = slices[index][0]
-        counts[f"{cases[case_index].modality}/{case_index}"] += 1
-    sums, counts = world.sum(sums), world.sum(counts)
-    by_modality = {}
-    for key in sums:
-        if counts[key]:
-            by_modality.setdefault(key.split("/")[0], []).append(sums[key] / counts[key])
-    means = {modality: float(np.mean(values)) for modality, values in sorted(by_modality.items())}
-    return ({label: float(np.mean(list(means.values()))) if means else math.nan}
-            | {f"{label}_{modality}": value for modality, value in means.items()})
-
-
-def run_script(main):
-    """Exit with main()'s status; a bad input is one line on stderr and status 1."""
-    try:
-        status = main()
-    except (ValueError, OSError) as error:
-        text = str(error)
-        if text.startswith("Caught "):                                         # in a DataLoader's worker: after its traceback
-            text = text.splitlines()[-1].split(": ", 1)[-1]
-        print(text, file=sys.stderr)
-        status = 1
-    except KeyboardInterrupt:
-        print("stopped at once; the same command goes on (with --resume if OUT/last.pt exists)", file=sys.stderr)
-        status = 130
-    sys.exit(status)
+    scores = world.sum({index: scores.get(index, 0.0) for index in range(len(slices))})
+    of_case, of_modality = {}, {}
+    for (case, _), score in zip(slices, scores.values()):
+        of_case.setdefault(case, []).append(score)
+    for case, values in of_case.items():
+        of_modality.setdefault(f"dsc_{cases[case].modality}", []).append(np.mean(values))
+    means = {key: float(np.mean(values)) for key, values in sorted(of_modality.items())}
+    return {"dsc": float(np.mean(list(means.values())))} | means

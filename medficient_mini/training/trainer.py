@@ -1,342 +1,289 @@
-"""The loop both training scripts share: updates, validation, log, checkpoints, resume.
+"""The loop that both training scripts share: updates, validation, log, checkpoints, resuming.
 
-A script brings a model, a data set and three functions: `count(batch)`, how many items each term of the loss averages
-over; `losses(batch)`, those averages; `validate()`, the scores after an epoch. Everything else about a run is here.
+`Trainer.update` is one step of training, from the forward pass to the optimiser. What is trained is the script's: a
+task, that is a small torch module with
+
+    model                  the module that learns; its state dict goes into the checkpoint
+    network                name of the network in NETWORKS
+    frozen                 modules of the model that stay in evaluation mode
+    weights                {term of the loss: its weight}
+    count(batch)           {term: number of items of the batch over which the term is a mean}
+    loss(batch)            {term: that mean}, also the module's forward pass, since DistributedDataParallel collects
+                           the gradients of what goes through one
+    validate(model)        {score: number} for the model or a moving average of it
+    criterion              (name of the score that decides, "min" or "max")
+    extra                  {name: tensor} that the checkpoint also holds, for `read_last(out)["extra"]`
 """
 import csv
 import itertools
 import math
-import platform
 import shlex
 import signal
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 
+from ..files import first_line, whole_file
 from ..inference.checkpoint import atomic_torch_save, read_torch
-from .samples import make_loader
 from ..show.draw import curves
-from ..files import whole_file
-from .optim import AdamW, Average, CosineAnnealing, HalveEachEpoch, ReduceLROnPlateau, clip_grad_norm
-from ..show.progress import progress
+from ..show.progress import ProgressBar
+from .optim import AdamW, moving_average, schedule_of
+from .samples import make_loader
 
-# What may differ between a run and its continuation; every other option must stay. Not all of these leave the numbers
-# alone: with other --steps or --epochs a cosine ends elsewhere, so that the learning rate jumps; --device and --amp
-# round differently; --val-limit makes scores before and after incomparable.
-FREE = {"resume", "out", "minutes", "steps", "epochs", "workers", "threads", "save_minutes", "log_steps", "device",
-        "amp", "cache", "cache_mb", "val_limit", "strict"}
-
-
-class Stop(Exception):
-    """The user or the clock asked for an end; everything is saved."""
+# Every other option must stay. Not all of these leave the numbers alone: with other --steps or --epochs a cosine ends
+# elsewhere, so that the learning rate jumps; --device and --amp round differently; --val-limit makes scores before
+# and after incomparable.
+MAY_CHANGE_ON_RESUME = {"resume", "out", "minutes", "steps", "epochs", "workers", "threads", "save_minutes",
+                        "log_steps", "device", "amp", "cache", "cache_mb", "val_limit", "strict"}
 
 
 class Trainer:
-    """One training run.
+    """One run: `task` (see above) learns from the samples of `dataset` in the order of `sampler`.
 
-    network: name in NETWORKS; model: module whose state dict goes into the checkpoint under "model"; sampler, dataset:
-    of the training samples; terms: {name: weight} of the loss; count(batch) -> {name: int}; losses(batch) -> {name:
-    mean over those items, a tensor}; validate() -> {score: float}, `criterion` = (name of the deciding score, "min" or
-    "max"); frozen: modules that stay in evaluation mode; extra: {name: tensor or number} that the checkpoint also holds
-    (`read_last(out)["extra"]` gives it back).
+    Raises:
+        ValueError: with --resume, a checkpoint that does not belong to this run.
     """
 
-    def __init__(self, arguments, world, *, network, model, dataset, sampler, terms, count, losses, validate,
-                 criterion, frozen=(), extra=None):
-        self.arguments, self.world, self.network, self.model = arguments, world, network, model
-        self.sampler, self.terms, self.count, self.losses = sampler, terms, count, losses
-        self.validate, self.criterion, self.frozen, self.extra = validate, criterion, list(frozen), extra or {}
-        world.same_start(model)
-        pin = world.device.type == "cuda"
-        self.loader = make_loader(dataset, sampler, arguments.bs, arguments.workers, pin)
-        self.params = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = AdamW(self._groups(), lr=arguments.lr, weight_decay=arguments.weight_decay)
+    def __init__(self, arguments, world, task, dataset, sampler):
+        self.arguments, self.world, self.task, self.sampler = arguments, world, task, sampler
+        self.loader = make_loader(dataset, sampler, arguments.bs, arguments.workers, world.device.type == "cuda")
+        # Not every parameter has a gradient each time: a prompt encoder without points, a batch without masks.
+        self.loss = DistributedDataParallel(task, find_unused_parameters=True) if world.size > 1 else task
+        self.params = [p for p in task.model.parameters() if p.requires_grad]
+        groups = [{"params": [p for p in self.params if p.ndim > 1]}, {"params": [p for p in self.params if p.ndim <= 1]}]
+        if arguments.decay_matrices_only:
+            groups[1]["weight_decay"] = 0.0
+        self.optimizer = AdamW(groups, lr=arguments.lr, weight_decay=arguments.weight_decay)
         self.batch = arguments.bs * arguments.accumulate * world.size          # samples of one update
         sampler.set_position(0, 0)
         self.epoch_samples = len(sampler) * world.size
         self.steps = arguments.steps or arguments.epochs * math.ceil(self.epoch_samples / self.batch)
-        self.schedule = self._schedule()
-        self.average = Average(model, arguments.average) if arguments.average else None
-        self.state = dict(epoch=0, position=0, step=0, seconds=0.0, rows=0, best=None, running={})
-        self.saved_step = None
-        self.asked = None                                                      # name of the signal that asked to stop
+        self.schedule = schedule_of(arguments, self.optimizer, self.steps, task.criterion[1])
+        self.ema = moving_average(task.model, arguments.ema) if arguments.ema else None
+        # `rows` are those of log.csv, `updates` what the next row is the mean of.
+        self.state = dict(epoch=0, position=0, step=0, seconds=0.0, best=None, rows=[], updates=[])
+        self.folder = Path(arguments.out)
+        self.run = vars(arguments) | {"network": task.network, "slices": sampler.n}     # what a resumed run must share
+        self.saved_step = self.stop_signal = self.stop_reason = None
         if arguments.resume:
             self._load()
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        self.log = Log(arguments.out, self.state["rows"]) if world.first else None
 
-    def _groups(self):
-        if not self.arguments.decay_matrices_only:
-            return [{"params": self.params}]
-        return [{"params": [p for p in self.params if p.ndim > 1]},
-                {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0}]
-
-    def _schedule(self):
-        if self.arguments.schedule == "cosine":
-            return CosineAnnealing(self.optimizer, self.steps, warmup=self.arguments.warmup)
-        if self.arguments.schedule == "halve":
-            return HalveEachEpoch(self.optimizer)
-        return ReduceLROnPlateau(self.optimizer, self.criterion[1], factor=0.5, patience=0)
-
-    # ---- running
+    # ------------------------------------------------------------------------------------------------- the loop
 
     def fit(self):
         """Train to the end, or until stopped: exit status 0, or 130 after Ctrl-C. ValueError for a loss not finite."""
         self.begin = self.saved_at = time.monotonic()
-        handlers = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         state = self.state
         try:
-            while state["step"] < self.steps or state["position"]:             # position: an epoch is not closed yet
+            while not self.stop_reason and (state["step"] < self.steps or state["position"]):
                 self._epoch()
-                self._end_epoch()
-        except Stop as stop:
-            self.save()
-            self.say(f"{stop}: step {state['step']} of {self.steps} is saved in {self.arguments.out / 'last.pt'}; "
-                     "the same command with --resume goes on")
-            self.world.wait()
-            return 130 if self.asked else 0
+                if not self.stop_reason:
+                    self._end_epoch()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        self.world.wait()                                                      # leave together: an early end breaks the others' calls
-        self.say(f"finished after {state['step']} steps; weights in {self.arguments.out}: best.pt, last.pt")
-        return 0
+        if self.stop_reason:
+            self.save()
+            say(f"{self.stop_reason}: step {state['step']} of {self.steps} is saved in {self.folder / 'last.pt'}; the "
+                "same command with --resume goes on")
+        else:
+            say(f"finished after {state['step']} steps; weights in {self.folder}: best.pt, last.pt")
+        self.world.wait()                                                      # an early end breaks the others' calls
+        return 130 if self.stop_signal else 0
 
-    def _ask(self, number, _):
-        if self.asked:                                                         # asked twice: at once
+    def on_signal(self, number, _):
+        """Ask for an end after the present step; the second time, end at once."""
+        if self.stop_signal:
             raise KeyboardInterrupt
-        self.asked = signal.Signals(number).name
-        self.say(f"{self.asked}: will stop after this step, saved (again: stop at once)")
-
-    def say(self, text):
-        if self.world.first:
-            print(text, file=sys.stderr, flush=True)
+        self.stop_signal = signal.Signals(number).name
+        say(f"{self.stop_signal}: will stop after this step, saved (again: stop at once)")
 
     def _epoch(self):
-        """The updates that are left of this epoch. Raises Stop."""
-        state, grouped = self.state, self.arguments.accumulate
+        """Do the updates that are left of this epoch, or some of them if there is a reason to stop."""
+        state, arguments = self.state, self.arguments
         self.sampler.set_position(state["epoch"], state["position"])
-        left = min(math.ceil(len(self.sampler) / (self.arguments.bs * grouped)), self.steps - state["step"])
-        if left <= 0:
+        left = min(math.ceil(len(self.sampler) / (arguments.bs * arguments.accumulate)), self.steps - state["step"])
+        if left <= 0:                                                          # the run was stopped just before validation
             return
-        self.model.train()
-        for module in self.frozen:
+        self.task.model.train()
+        for module in self.task.frozen:
             module.eval()
         batches = iter(self.loader)
-        bar = range(left)
-        if self.world.first:
-            bar = progress(bar, left, f"epoch {state['epoch'] + 1}")
+        bar = ProgressBar(range(left), left, f"epoch {state['epoch'] + 1}")
         for k in bar:
             began = time.monotonic()
-            group = [self.world.to_device(batch) for batch in itertools.islice(batches, grouped)]
-            self._add(waiting=time.monotonic() - began)
-            self._update(group)
-            self._add(seconds=time.monotonic() - began)
-            state["seconds"] += time.monotonic() - began
-            if self.world.first:
-                bar.set(self._summary())
-            self._after_update(last=k + 1 == left)
+            group = [self.world.to_device(batch) for batch in itertools.islice(batches, arguments.accumulate)]
+            waited = time.monotonic() - began
+            result = self.update(group)
+            seconds = time.monotonic() - began
+            samples = min(self.batch, self.epoch_samples - state["position"])
+            state["updates"].append(result | {"samples_per_second": samples / seconds, "waiting": waited / seconds})
+            state["step"] += 1
+            state["position"] += samples
+            state["seconds"] += seconds
+            minutes = state["seconds"] / state["step"] * (self.steps - state["step"]) / 60
+            bar.set(f"loss {result['loss']:.4f}  lr {result['lr']:.2e}  {samples / seconds:.2f} samples/s  "
+                    f"run: {minutes:.0f} min left")
+            if state["step"] % arguments.log_steps == 0 and k + 1 < left:
+                self._log({})
+            self._save_or_stop()
+            if self.stop_reason:
+                return
 
-    def _update(self, group):
-        """One optimiser step on a group of batches, weighted by their items so that only their union matters."""
-        counts = [self.count(batch) for batch in group]
-        totals = self.world.sum({name: sum(count[name] for count in counts) for name in self.terms})
+    def update(self, group):
+        """Update the weights once, on a group of batches weighted by their items so that their union alone matters."""
+        task, world = self.task, self.world
+        counts = [task.count(batch) for batch in group]
+        totals = world.sum({term: sum(count[term] for count in counts) for term in task.weights})
+        values = dict.fromkeys(task.weights, 0.0)
         self.optimizer.zero_grad(set_to_none=True)
-        values = dict.fromkeys(self.terms, 0.0)
         for batch, count in zip(group, counts):
-            with self.world.autocast():
-                means = self.losses(batch)
-            shares = {name: means[name] * (count[name] / max(totals[name], 1.0)) for name in self.terms}
-            sum(self.terms[name] * share for name, share in shares.items()).backward()
-            for name, share in shares.items():
-                values[name] += float(share.detach())
-        self.world.sum_gradients(self.params)
-        norm = float(clip_grad_norm(self.params, self.arguments.clip))
-        values = self.world.sum(values)
-        loss = sum(self.terms[name] * value for name, value in values.items())
-        self.lr = self.optimizer.param_groups[0]["lr"]
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            last = self.arguments.out / "last.pt"
-            way_out = "no checkpoint had been written yet; start again with a lower --lr or a --warmup"
-            if self.saved_step is not None:                                    # --resume would refuse another --lr
-                option = "--init" if "init" in self.arguments else "--weights"
-                way_out = (f"the checkpoint of step {self.saved_step} is intact; start from it with {option} {last}, "
-                           "another --out and a lower --lr or a --warmup")
-            raise ValueError(f"step {self.state['step'] + 1}: loss {loss}, gradient norm {norm}: training diverged at "
-                             f"learning rate {self.lr:.3g}; {way_out}")
+            waits = world.size > 1 and batch is not group[-1]                  # gradients travel with the last batch
+            with self.loss.no_sync() if waits else nullcontext():
+                with world.autocast():
+                    means = self.loss(batch)
+                shares = {term: means[term] * (count[term] / max(totals[term], 1.0)) for term in values}
+                loss = sum(task.weights[term] * share for term, share in shares.items())
+                (loss * world.size).backward()                                 # processes' gradients are averaged
+            values = {term: values[term] + float(share.detach()) for term, share in shares.items()}
+        norm = float(clip_grad_norm_(self.params, self.arguments.clip))
+        values = world.sum(values)
+        loss = sum(task.weights[term] * value for term, value in values.items())
+        lr = self.optimizer.param_groups[0]["lr"]
+        if not math.isfinite(loss + norm):
+            raise ValueError(self._way_out(f"loss {loss}, gradient norm {norm} at learning rate {lr:.3g}"))
         self.optimizer.step()
-        if self.arguments.schedule == "cosine":
-            self.schedule.step()
-        if self.average:
-            self.average.update(self.model)
-        self._add(steps=1, loss=loss, grad_norm=norm, samples=sum(len(b["image"]) for b in group) * self.world.size)
-        for name in self.terms:
-            if totals[name]:                                                   # no item, no value
-                self._add(**{f"{name}_sum": values[name], f"{name}_steps": 1})
+        self.schedule.after_update()
+        if self.ema:
+            self.ema.update_parameters(task.model)
+        values = {term: value for term, value in values.items() if totals[term]}          # no item, no value
+        return {"lr": lr, "loss": loss, **values, "grad_norm": norm}
 
-    def _add(self, **values):
-        running = self.state["running"]                                        # sums since the last row of the log
-        for name, value in values.items():
-            running[name] = running.get(name, 0) + value
+    def _way_out(self, found):
+        """What a user reads whose training has diverged; --resume would refuse another learning rate."""
+        text = f"step {self.state['step'] + 1}: {found}: training diverged; start again with a lower --lr or a --warmup"
+        if self.saved_step is None:
+            return text
+        option = "--init" if "init" in self.arguments else "--weights"
+        return f"{text}, if you like from step {self.saved_step}: {option} {self.folder / 'last.pt'} and another --out"
 
-    def _summary(self):
-        running, state = self.state["running"], self.state
-        minutes = state["seconds"] / max(state["step"], 1) * (self.steps - state["step"]) / 60
-        return (f"loss {running['loss'] / running['steps']:.4f}  lr {self.lr:.2e}  "
-                f"{running['samples'] / running['seconds']:.2f} samples/s  run: {minutes:.0f} min left")
-
-    def _after_update(self, last):
-        """Count the update; log, save or stop when due. All processes decide alike."""
-        state = self.state
-        state["step"] += 1
-        state["position"] = min(state["position"] + self.batch, self.epoch_samples)
-        now = time.monotonic()
-        due = self.world.sum({"asked": self.asked is not None,
-                              "late": bool(self.arguments.minutes) and now - self.begin > self.arguments.minutes * 60,
+    def _save_or_stop(self):
+        """Find, in all processes alike, whether there is a reason to stop; save when it is time to."""
+        now, minutes = time.monotonic(), self.arguments.minutes
+        due = self.world.sum({"signal": self.stop_signal is not None,
+                              "late": minutes is not None and now - self.begin > minutes * 60,
                               "save": now - self.saved_at > self.arguments.save_minutes * 60})
-        if state["step"] % self.arguments.log_steps == 0 and not last:
-            self._row({})
-        if due["asked"] or due["late"]:
-            raise Stop(self.asked or ("stopped elsewhere" if due["asked"] else f"{self.arguments.minutes:g} minutes are over"))
-        if due["save"]:
+        if due["signal"]:
+            self.stop_reason = self.stop_signal or "stopped elsewhere"
+        elif due["late"]:
+            self.stop_reason = f"{minutes:g} minutes are over"
+        elif due["save"]:
             self.save()
 
     def _end_epoch(self):
         """Validate, advance the schedule, log, draw, save last and best."""
-        state = self.state
+        state, task = self.state, self.task
         if time.monotonic() - self.saved_at > 60:                              # a run killed in validation repeats only that
             self.save()
         began = time.monotonic()
-        self.model.eval()
-        with torch.no_grad(), self.world.autocast(), self._averaged():
-            scores = self.validate()
+        model = self.ema.module if self.ema else task.model
+        with torch.no_grad(), self.world.autocast():
+            scores = task.validate(model.eval())
         state["seconds"] += time.monotonic() - began
-        name, better = self.criterion
-        if self.arguments.schedule == "plateau":
-            self.schedule.step(scores[name])
-        elif self.arguments.schedule == "halve":
-            self.schedule.step()
+        name, better = task.criterion
+        score, best = scores[name], state["best"]
+        self.schedule.after_epoch(score)
         state["epoch"], state["position"] = state["epoch"] + 1, 0
-        self._row(scores)
-        self.say(f"epoch {state['epoch']}, step {state['step']}: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
-        best, score = state["best"], scores[name]
-        if math.isfinite(score) and (best is None or (score < best if better == "min" else score > best)):
+        self._log(scores)
+        say(f"epoch {state['epoch']}, step {state['step']}: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+        if best is None or (score < best if better == "min" else score > best):
             state["best"] = score
             self.save("best.pt")
         self.save()
         if self.world.first:
-            self.log.draw(["loss", *self.terms, "lr", *(key for key in scores if not key.startswith("dsc_"))])
+            draw(state["rows"], self.folder / "curves.png")
 
-    def _averaged(self):
-        return self.average.applied(self.model) if self.average else nullcontext()
+    # ---------------------------------------------------------------------------------------- log and checkpoints
 
-    def _row(self, scores):
-        """A row of log.csv: means since the last row."""
-        state, running = self.state, self.state["running"]
-        if self.world.first:
-            row = {"epoch": state["epoch"], "step": state["step"], "minutes": state["seconds"] / 60, "lr": self.lr}
-            if running.get("steps"):
-                row["loss"] = running["loss"] / running["steps"]
-                row |= {name: running[f"{name}_sum"] / running[f"{name}_steps"] for name in self.terms
-                        if running.get(f"{name}_steps")}
-                row |= {"grad_norm": running["grad_norm"] / running["steps"],
-                        "samples_per_second": running["samples"] / running["seconds"],
-                        "waiting": running["waiting"] / running["seconds"]}
-            self.log.write(row | scores)
-        state["running"] = {}
-        state["rows"] += 1
-
-    # ---- checkpoints
+    def _log(self, scores):
+        """Add a row to log.csv: the means of the updates since the last row, and scores. ValueError on a full disk."""
+        state, path = self.state, self.folder / "log.csv"
+        columns = dict.fromkeys(key for update in state["updates"] for key in update)
+        means = {key: float(np.mean([update[key] for update in state["updates"] if key in update])) for key in columns}
+        row = {"epoch": state["epoch"], "step": state["step"], "minutes": state["seconds"] / 60} | means | scores
+        state["rows"].append({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+        state["updates"] = []
+        if not self.world.first:
+            return
+        try:
+            with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
+                # Written whole each time: columns may be new, and a killed run leaves no half row.
+                writer = csv.DictWriter(file, dict.fromkeys(key for row in state["rows"] for key in row))
+                writer.writeheader()
+                writer.writerows(state["rows"])
+        except OSError as error:
+            raise ValueError(f"{path}: could not be written ({first_line(error)}); make room, then --resume goes on "
+                             "from the last checkpoint") from None
 
     def save(self, name="last.pt"):
-        """last.pt: all that --resume needs; best.pt: the weights alone. Nothing is written where writing fails."""
-        own = self.model.state_dict()
-        content = {"network": self.network, "model": self.average.weights if self.average else own,
-                   "arguments": plain(vars(self.arguments)), "command": shlex.join(sys.argv), "versions": versions(),
-                   "state": dict(self.state, running=dict(self.state["running"])), "extra": self.extra}
+        """Write last.pt, with all that --resume needs, or best.pt, the weights alone. ValueError if writing fails."""
+        model, path = self.task.model, self.folder / name
+        content = {"network": self.task.network, "model": (self.ema.module if self.ema else model).state_dict(),
+                   "run": self.run, "state": self.state, "extra": self.task.extra, "command": shlex.join(sys.argv),
+                   "versions": {"torch": str(torch.__version__), "numpy": np.__version__}}
         if name == "last.pt":
             content |= {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
-                        "slices": self.sampler.n, "lr": self.lr, "torch_random": torch.get_rng_state()}
-            if self.average:
-                content |= {"raw": own, "average_updates": self.average.updates}
+                        "torch_random": torch.get_rng_state()}
+            if self.ema:
+                content |= {"raw": model.state_dict(), "ema": self.ema.state_dict()}
         if self.world.first:
             try:
-                atomic_torch_save(content, self.arguments.out / name)
+                atomic_torch_save(content, path)
             except (OSError, RuntimeError) as error:                           # torch reports a full disk as RuntimeError
-                raise ValueError(f"{self.arguments.out / name}: could not be written ({str(error).splitlines()[0]}); "
-                                 "the one before is intact") from None
+                raise ValueError(f"{path}: could not be written ({first_line(error)}); the one before is intact") from None
         self.saved_at, self.saved_step = time.monotonic(), self.state["step"]
 
     def _load(self):
-        path, saved = self.arguments.out / "last.pt", read_last(self.arguments.out)
-        if saved["network"] != self.network:
-            raise ValueError(f"{path}: --resume: holds {saved['network']}, this run trains {self.network}")
-        now = plain(vars(self.arguments))
-        changed = [key for key, value in saved["arguments"].items() if key not in FREE and now.get(key) != value]
-        if changed:
-            key = changed[0]
-            raise ValueError(f"{path}: --resume: --{key.replace('_', '-')} was {saved['arguments'][key]}, now "
-                             f"{now.get(key)}; expected the options of the first start")
-        if saved["slices"] != self.sampler.n:
-            raise ValueError(f"{path}: --resume: the run has {saved['slices']} training slices, found {self.sampler.n}")
-        self.model.load_state_dict(saved["raw"] if self.average else saved["model"])
+        saved = read_last(self.folder)
+        for key, value in saved["run"].items():
+            if key not in MAY_CHANGE_ON_RESUME and self.run.get(key) != value:
+                raise ValueError(f"{self.folder / 'last.pt'}: --resume: {key.replace('_', '-')}: expected {value} as at "
+                                 f"the first start, found {self.run.get(key)}")
+        self.task.model.load_state_dict(saved["raw"] if self.ema else saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
-        if self.average:
-            self.average.load_state_dict({"updates": saved["average_updates"], "weights": saved["model"]})
+        if self.ema:
+            self.ema.load_state_dict(saved["ema"])
         torch.set_rng_state(saved["torch_random"])
-        self.state, self.lr, self.saved_step = saved["state"], saved["lr"], saved["state"]["step"]
-        self.say(f"resuming at step {self.state['step']} of {self.steps}")
+        self.state, self.saved_step = saved["state"], saved["state"]["step"]
+        say(f"resuming at step {self.saved_step} of {self.steps}")
 
 
-def read_last(out):
-    """Content of the last.pt in the folder of a run (Path). ValueError for a file without what --resume needs."""
-    saved = read_torch(out / "last.pt")
-    if not isinstance(saved, dict) or "optimizer" not in saved:
-        raise ValueError(f"{out / 'last.pt'}: --resume: expected a checkpoint of this script with its optimiser")
+def say(text):
+    """Print a line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def read_last(folder):
+    """Return the content of last.pt in the folder of a run. ValueError, one line, if --resume cannot use it."""
+    path = Path(folder) / "last.pt"
+    saved = read_torch(path)
+    if not isinstance(saved, dict) or "run" not in saved:
+        raise ValueError(f"{path}: --resume: expected a checkpoint of this script with its optimiser")
     return saved
 
 
-class Log:
-    """log.csv and curves.png of a run; `rows` rows of an earlier start are kept."""
-
-    def __init__(self, folder, rows):
-        self.csv, self.png, self.rows = folder / "log.csv", folder / "curves.png", []
-        if rows and self.csv.is_file():
-            with open(self.csv, newline="") as file:
-                self.rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)][:rows]
-
-    def write(self, row):
-        """Append; the file is written whole each time (columns may be new, and a row must never be half there).
-
-        ValueError with one line on a full disk.
-        """
-        self.rows.append({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
-        columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        try:
-            with whole_file(self.csv) as temporary, open(temporary, "w", newline="") as file:
-                writer = csv.DictWriter(file, columns, restval="")
-                writer.writeheader()
-                writer.writerows(self.rows)
-        except OSError as error:
-            raise ValueError(f"{self.csv}: could not be written ({error.strerror or error}); make room, then --resume "
-                             "goes on from the last checkpoint") from None
-
-    def draw(self, columns):
-        xs = [float(row["step"]) for row in self.rows]
-        curves({name: [float(row.get(name, "nan")) for row in self.rows] for name in dict.fromkeys(columns)}, xs, self.png)
-
-
-def plain(values):
-    """Arguments as what `torch.load(weights_only=True)` accepts."""
-    return {key: value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-            for key, value in values.items()}
-
-
-def versions():
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
-            "opencv": cv2.__version__}
+def draw(rows, path):
+    """Draw the columns of log.csv over the steps; a picture that cannot be written costs a line, not the run."""
+    names = [key for key in rows[-1] if not key.startswith(("epoch", "step", "minutes", "dsc_"))]
+    try:
+        curves({name: [float(row.get(name, "nan")) for row in rows] for name in names}, [row["step"] for row in rows], path)
+    except OSError as error:
+        say(f"{path}: could not be written ({first_line(error)})")
