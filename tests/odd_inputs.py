@@ -20,7 +20,7 @@ def image(**changes):
     """The arrays of a grey image with two objects, some of them changed, or left out where the change is None."""
     labels = np.zeros((H, W), np.uint8)
     labels[8:20, 6:30], labels[24:36, 12:40] = 1, 2
-    arrays = dict(imgs=PIXELS + 50 * (labels > 0), boxes=np.array([[6, 8, 29, 19], [12, 24, 39, 35]]), gts=labels)
+    arrays = dict(imgs=PIXELS + 50 * labels.clip(max=1), boxes=np.array([[6, 8, 29, 19], [12, 24, 39, 35]]), gts=labels)
     arrays = {**arrays, **changes}
     return {name: array for name, array in arrays.items() if array is not None}
 
@@ -68,9 +68,9 @@ def lying_directory() -> bytes:
 def flipped() -> bytes:
     """An NPZ file, not compressed, with one wrong bit among the numbers of `imgs`: only the checksum tells."""
     stream = io.BytesIO()
-    np.savez(stream, **image())
+    np.savez(stream, **volume())
     data = bytearray(stream.getvalue())
-    data[data.index(image()["imgs"].tobytes()) + 99] ^= 1
+    data[data.index(volume()["imgs"].tobytes()) + 99] ^= 1
     return bytes(data)
 
 
@@ -163,7 +163,7 @@ def wrong_numbers():
         "2D_CT_imgs-infinite.npz": image(imgs=changed(grey.astype(np.float32), (3, 4), np.inf)),
         "2D_CT_imgs-above-255.npz": image(imgs=grey.astype(np.uint16) * 20),
         "2D_CT_imgs-below-0.npz": image(imgs=grey.astype(np.int16) - 100),
-        "2D_CT_imgs-wrong-bit.npz": flipped(),
+        "3D_CT_imgs-wrong-bit.npz": flipped(),
         "2D_CT_boxes-nan.npz": image(boxes=changed(boxes.astype(float), (1, 2), np.nan)),
         "2D_CT_boxes-reversed.npz": image(boxes=boxes[:, [2, 3, 0, 1]]),
         "2D_CT_boxes-outside.npz": image(boxes=boxes + 100),
