@@ -90,16 +90,15 @@ def evaluate(arguments) -> int:
         "The average over modalities is the paper's"
     heading = (f"## Scores on {arguments.gts}\n\nDSC and NSD in percent, NSD at a tolerance of {arguments.tolerance:g} mm "
                f"(pixels in 2D). {average}; in the average over cases every case counts alike.")
-    tables = {f"metrics_{name}.csv": metrics_csv(rows) for name, rows in results.items()}
-    if len(results) == 1:
-        tables = {"metrics.csv": metrics_csv(*results.values())}
+    tables = {f"metrics_{name}.csv" if len(results) > 1 else "metrics.csv": metrics_csv(rows)
+              for name, rows in results.items()}
     tables |= {"summary.csv": summary_csv(results), "summary.md": markdown(results, arguments.published, heading)}
     for name, text in tables.items():
         with whole_file(output / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     print(tables["summary.md"])
     for name, rows in results.items() if arguments.figure else ():
-        problems += complain(draw_figures(arguments.figure / name if len(results) > 1 else arguments.figure, rows))
+        problems += complain(draw_figures(arguments.figure / (name if len(results) > 1 else ""), rows))
     return 1 if problems else 0
 
 
@@ -138,15 +137,11 @@ def compare_names(folder, masks, truths, arguments) -> list[str]:
     lines, strangers, missing = [], sorted(masks.keys() - truths.keys()), sorted(truths.keys() - masks.keys())
     if strangers:
         lines.append(f"{folder}: expected masks of the cases in {arguments.gts}, found {len(strangers)} without ground "
-                     f"truth: {shortened(strangers)}")
+                     f"truth, the first {strangers[0]}")
     if missing:
         lines.append(f"{folder}: expected masks of {len(truths)} cases, found {len(missing)} missing "
                      f"({'left out' if arguments.skip_missing else 'scored 0'}): {', '.join(missing)}")
     return lines
-
-
-def shortened(items, most: int = 5) -> str:
-    return ", ".join(map(str, items[:most])) + (", …" if len(items) > most else "")
 
 
 # ------------------------------------------------------------------------------------------------------------- scoring
@@ -170,41 +165,34 @@ def score(job, arguments) -> tuple[dict[str, dict], list[str], list[str]]:
         The row of each result (none where the ground truth is bad), lines about bad files, and lines that only hint.
     """
     truth, paths = job
+    rows, wrong, hints = {}, [], []
     try:
         gts, spacing_mm = read_labels(truth, "gts")
-        if gts.ndim == 3 and spacing_mm is None:
-            raise ValueError(f"{truth.name}: spacing: expected this array (z, y, x in mm) beside the gts of a volume")
-    except Exception as error:       # whatever it is, it is this case's alone
-        return {}, [named(truth, error)], []
-    rows, wrong, hints = {}, [], []
-    for name, path in paths.items():
-        prefix = f"{name}: " if len(arguments.segs) > 1 else ""
-        try:
-            segs = np.zeros_like(gts) if path is None else read_labels(path, "segs")[0]
-            if segs.shape != gts.shape:
-                raise ValueError(f"segs: expected the shape of gts, {gts.shape}, found {segs.shape}")
-        except Exception as error:
-            wrong.append(f"{prefix}{named(truth, error)}: scored 0")
-            segs, path = np.zeros_like(gts), None
-        try:
+        for name, path in paths.items():
+            prefix = f"{name}: " if len(arguments.segs) > 1 else ""
+            try:
+                segs = read_labels(path, "segs")[0] if path else np.zeros_like(gts)
+                if segs.shape != gts.shape:
+                    raise ValueError(f"segs: expected the shape of gts, {gts.shape}, found {segs.shape}")
+            except Exception as error:
+                wrong.append(f"{prefix}{named(truth, error)}: scored 0")
+                segs, path = np.zeros_like(gts), None
             row = {"case": truth.name, "modality": (source_of if arguments.by_source else modality_of)(truth),
                    "kind": f"{gts.ndim}D", "truth": truth, "masks": path}
             rows[name] = row | case_scores(gts, segs, spacing_mm, arguments.tolerance, arguments.contour_nsd)
-        except Exception as error:
-            wrong.append(prefix + named(truth, error))
-            continue
-        if rows[name]["dsc"] == 0 and segs.any() and not np.isin(segs[segs > 0], gts).any():
-            found, wanted = (shortened(np.unique(labels[labels > 0])) for labels in (segs, gts))
-            hints.append(f"{prefix}{truth.name}: segs: expected labels of the ground truth ({wanted}), found {found}")
-    if not gts.any():
-        hints.append(f"{truth.name}: gts: no label, so there is nothing to score")
+            if rows[name]["dsc"] == 0 and segs.any() and not np.isin(segs[segs > 0], gts).any():
+                hints.append(f"{prefix}{truth.name}: segs: expected labels of the ground truth (the largest is {gts.max()}), "
+                             f"found none of them (the largest is {segs.max()})")
+        if not gts.any():
+            hints.append(f"{truth.name}: gts: no label, so there is nothing to score")
+    except Exception as error:       # whatever it is, it costs this case alone
+        wrong.append(named(truth, error))
     return rows, wrong, hints
 
 
 def named(path, error) -> str:
     """The error's line with the file name in front, once."""
-    line = first_line(error)
-    return line if line.startswith(path.name) else f"{path.name}: {line}"
+    return f"{path.name}: {first_line(error).removeprefix(path.name + ': ')}"
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
@@ -226,12 +214,12 @@ def draw_figures(folder, rows) -> list[str]:
 def figure_row(kind: str, row: dict) -> np.ndarray:
     """One case as RGB (H, W, 3); of a volume the slice with the largest labelled area."""
     case = read_case(row["truth"], need_boxes=False, need_gts=True)
-    image, gts, segs, where = case.image, case.gts, read_labels(row["masks"], "segs")[0], ""
+    image, gts, segs = case.image, case.gts, read_labels(row["masks"], "segs")[0]
+    caption = f"{kind}: DSC {100 * row['dsc']:.1f} %, NSD {100 * row['nsd']:.1f} %   {Path(row['case']).stem}"
     if case.is_3d:
         z = int(np.count_nonzero(gts, axis=(1, 2)).argmax())
-        image, gts, segs, where = case.volume[z], gts[z], segs[z], f" slice {z}"
-    scores = f"DSC {100 * row['dsc']:.1f} %, NSD {100 * row['nsd']:.1f} %"
-    return compare_row(image, gts, segs, f"{kind}: {scores}   {Path(row['case']).stem}{where}")
+        image, gts, segs, caption = case.volume[z], gts[z], segs[z], f"{caption} slice {z}"
+    return compare_row(image, gts, segs, caption)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def columns_of(rows) -> list[str]:
     return ["dsc", "nsd"] + [key for key in ("nsd_contour", "seconds") if any(key in row for row in rows)]
 
 
-def paired_differences(a: list[dict], b: list[dict], scores: list[str], seed: int = 0):
+def paired_differences(a: list[dict], b: list[dict], scores: list[str]):
     """Compare two results over the cases that have a score in both.
 
     Cases of one patient are no independent evidence, so the bootstrap draws whole patients, with replacement. The same
@@ -77,7 +77,7 @@ def paired_differences(a: list[dict], b: list[dict], scores: list[str], seed: in
         return 0, [None] * len(scores), [()] * len(scores)
     differences = np.array([[b[case][key] - a[case][key] for key in scores] for case in cases])
     patients = [index.setdefault(patient_of(case), len(index)) for case in cases]
-    n, rng = len(index), np.random.default_rng(seed)
+    n, rng = len(index), np.random.default_rng(0)
     for _ in range(DRAWS if n > 1 else 0):
         weights = np.bincount(rng.integers(0, n, n), minlength=n)[patients]
         drawn.append(weights @ differences / weights.sum())

@@ -99,7 +99,7 @@ def panel(image, segs, boxes, scale: float, fill: float = 0.0) -> np.ndarray:
     picture[inside] = ((1 - fill) * picture[inside] + fill * table[labels[inside]]).astype(np.uint8)
     edge = contours(labels, 1 + 2 * (max(height, width) // 800))
     picture[edge] = table[labels[edge]]
-    draw_boxes(picture, np.zeros((0, 4)) if boxes is None else boxes, scale)
+    draw_boxes(picture, () if boxes is None else boxes, scale)
     return picture
 
 
@@ -130,9 +130,9 @@ def draw_boxes(picture, boxes, scale: float) -> None:
 def write(picture, text: str, x: int, y: int, size: float, colour=WHITE, outline=BLACK) -> None:
     """`text` at the baseline point x, y; with an outline it reads on any background."""
     text = text.encode("ascii", "replace").decode()
-    if outline is not None:
-        cv2.putText(picture, text, (x, y), FONT, size, outline, 3, cv2.LINE_AA)
-    cv2.putText(picture, text, (x, y), FONT, size, colour, 1, cv2.LINE_AA)
+    for ink, thickness in ((outline, 3), (colour, 1)):
+        if ink is not None:
+            cv2.putText(picture, text, (x, y), FONT, size, ink, thickness, cv2.LINE_AA)
 
 
 def curve(name: str, xs, values, x_label: str) -> np.ndarray:

@@ -190,7 +190,7 @@ def test_fault_9_names_with_quote_and_comma(folders, evaluate):
 def test_fault_23_labels_without_a_counterpart_are_named(folders, evaluate):
     np.savez(folders / "gts" / "2D_CT_a.npz", gts=LABELS * 255)
     status, _, lines = evaluate("-s", folders / "near", "-g", folders / "gts")
-    assert lines == ["2D_CT_a.npz: segs: expected labels of the ground truth (255), found 1"]
+    assert len(lines) == 1 and lines[0].startswith("2D_CT_a.npz: segs: expected labels of the ground truth (the largest is 255)")
     assert table(folders / "near" / "metrics.csv", "case")["2D_CT_a.npz"]["dsc"] == "0.000000"
     np.savez(folders / "near" / "2D_CT_a.npz", segs=square(30, 30, 5, label=255))
     assert evaluate("-s", folders / "near", "-g", folders / "gts")[2] == [], "apart, but of the same label"
