@@ -36,7 +36,7 @@ def parse_arguments(argv):
         help="one more column: NSD of the contour in 2D (the challenge's counts the whole area as surface)")
     add("--skip-missing", action="store_true", help="leave out cases without masks instead of scoring them 0")
     add("--published", action="store_true", help="add the columns of MedficientSAM, Table 4")
-    add("--by-source", action="store_true", help="a line per data set (CT STS: from 3D_CT_STS_004.npz), not per modality")
+    add("--by-source", action="store_true", help="a line per data set (CT STS of 3D_CT_STS_004.npz), not per modality")
     add("--figure", type=Path, metavar="DIR", help="best and worst case of each target as pictures")
     add("--workers", "--threads", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
         help="processes (default: %(default)s)")
@@ -88,8 +88,8 @@ def evaluate(arguments) -> int:
 
     average = "Each data set stands as a modality of its own" if arguments.by_source else \
         "The average over modalities is the paper's"
-    heading = (f"## Scores on {arguments.gts}\n\nDSC and NSD in percent, NSD at a tolerance of {arguments.tolerance:g} mm "
-               f"(pixels in 2D). {average}; in the average over cases every case counts alike.")
+    heading = (f"## Scores on {arguments.gts}\n\nDSC and NSD in percent, NSD at a tolerance of {arguments.tolerance:g} "
+               f"mm (pixels in 2D). {average}; in the average over cases every case counts alike.")
     tables = {f"metrics_{name}.csv" if len(results) > 1 else "metrics.csv": metrics_csv(rows)
               for name, rows in results.items()}
     tables |= {"summary.csv": summary_csv(results), "summary.md": markdown(results, arguments.published, heading)}
@@ -118,7 +118,8 @@ def named_folders(arguments: list[str]) -> dict[str, Path]:
         name, _, folder = ("", "", argument) if Path(argument).exists() else argument.rpartition("=")
         name = name or Path(folder).resolve().name
         if name in folders or not name or "/" in name:
-            raise ValueError(f"-s {argument}: expected NAME=FOLDER, a name without / of its own for each, found {name!r}")
+            raise ValueError(f"-s {argument}: expected NAME=FOLDER, a name without / of its own for each, found "
+                             f"{name!r}")
         folders[name] = Path(folder)
     return folders
 
@@ -181,8 +182,8 @@ def score(job, arguments) -> tuple[dict[str, dict], list[str], list[str]]:
                    "kind": f"{gts.ndim}D", "truth": truth, "masks": path}
             rows[name] = row | case_scores(gts, segs, spacing_mm, arguments.tolerance, arguments.contour_nsd)
             if rows[name]["dsc"] == 0 and segs.any() and not np.isin(segs[segs > 0], gts).any():
-                hints.append(f"{prefix}{truth.name}: segs: expected labels of the ground truth (the largest is {gts.max()}), "
-                             f"found none of them (the largest is {segs.max()})")
+                hints.append(f"{prefix}{truth.name}: segs: expected labels of the ground truth (the largest is "
+                             f"{gts.max()}), found none of them (the largest is {segs.max()})")
         if not gts.any():
             hints.append(f"{truth.name}: gts: no label, so there is nothing to score")
     except Exception as error:       # whatever it is, it costs this case alone

@@ -31,7 +31,7 @@ def blob(rng, shape, centre, radii, angle=0.0, roughness=0.08) -> np.ndarray:
 
 
 def stained(rng, gts, softness: float, *layers) -> np.ndarray:
-    """Return RGB (H, W, 3): outside and inside of the labels in two colours, each with its (colour, contrast, grain)."""
+    """Return RGB (H, W, 3): outside and inside of the labels, each layer with its (colour, contrast, grain)."""
     outside, inside = [np.array(colour) + contrast * smooth_noise(rng, gts.shape, grain)[..., None]
                        for colour, contrast, grain in layers]
     soft = blurred(gts > 0, softness)[..., None]

@@ -44,7 +44,7 @@ def main(argv=None) -> int:
         paths = [path.resolve() for path in list_cases(arguments.input)]
         outputs = {arguments.output.resolve() / path.name for path in paths}
         if outputs.intersection(paths) or len(outputs) < len(paths):
-            raise ValueError(f"{arguments.output}: expected another folder than the cases', and cases of different names")
+            raise ValueError(f"{arguments.output}: expected another folder than the cases' and names that differ")
     except (ValueError, OSError) as error:
         print(first_line(error), file=sys.stderr)
         return 1

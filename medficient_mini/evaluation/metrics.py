@@ -20,9 +20,9 @@ LOWEST_DSC = 0.2                     # At or below this mean DSC the challenge's
 # ------------------------------------------------------------------------------------------------------------- scores
 
 def dsc(gt: np.ndarray, seg: np.ndarray) -> float:
-    """Return the Dice similarity coefficient of two masks, 2 |gt and seg| / (|gt| + |seg|), 0 … 1; NaN if both are empty.
+    """Return the Dice similarity coefficient of two masks, 2 |gt and seg| / (|gt| + |seg|), 0 … 1.
 
-    gt, seg: (H, W) or (D, H, W), nonzero inside. ValueError for shapes that differ.
+    gt, seg: (H, W) or (D, H, W), nonzero inside. NaN if both are empty, ValueError for shapes that differ.
     """
     gt, seg = as_masks(gt, seg)
     total = np.count_nonzero(gt) + np.count_nonzero(seg)

@@ -1,7 +1,7 @@
 """The scores and times that MedficientSAM's paper reports, for the columns beside one's own.
 
-Table 4: percent on the challenge's public validation set, DSC and NSD of each network. Second hand: the paper's text was
-in no source at hand, so the figures are those of the copy in the README of the team that reproduced it
+Table 4: percent on the challenge's public validation set, DSC and NSD of each network. Second hand: the paper's text
+was in no source at hand, so the figures are those of the copy in the README of the team that reproduced it
 (github.com/RicoLeehdu/medficientsam-reproduce; "-R" there stands for their run, it seems). Checked: the nine rows give
 the averages within 0.01, and those of L1 are the ones in the paper's abstract.
 
@@ -23,11 +23,12 @@ Fundus      94.81 96.41  94.10 95.83  93.85 95.54  94.16 95.89  94.27 96.00  94.
 Microscopy  61.63 65.38  75.63 82.15  75.90 82.45  78.76 85.22  78.09 84.48  78.09 84.47  77.67 84.11
 average     83.23 82.71  85.57 86.99  85.16 86.23  86.29 87.71  84.93 86.76  86.42 87.95  85.16 86.68
 """
-SECONDS = {"published: LiteMedSAM": {"2D": 5.1, "3D": 42.6}, "published: MedficientSAM-L1": {"2D": 1.0083, "3D": 8.9585}}
+SECONDS = {"published: LiteMedSAM": {"2D": 5.1, "3D": 42.6},
+           "published: MedficientSAM-L1": {"2D": 1.0083, "3D": 8.9585}}
 
 
 def published_scores() -> dict[tuple[str, str], dict[str, float]]:
-    """Return Table 4 by column: ("published: " network, "dsc" or "nsd") -> {modality or "average over modalities": percent}."""
+    """Return the columns of Table 4: ("published: " network, "dsc" or "nsd") -> {modality or average: percent}."""
     lines = [line.split() for line in TABLE_4.strip().splitlines()]
     targets = [line[0].replace("average", "average over modalities") for line in lines]
     columns = zip(*[map(float, line[1:]) for line in lines])

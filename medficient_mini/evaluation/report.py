@@ -1,8 +1,8 @@
 """Scores of cases -> the paper's tables (MedficientSAM, Tables 4, 5, 7), as Markdown and CSV.
 
 A row is a dict: case (file name), modality (as in the file name; with eval.py --by-source modality and data set), kind
-("2D" or "3D"), labels (number scored), dsc, nsd (fractions, None where the ground truth has no label) and, where there are
-any, nsd_contour and seconds. Results are a dict, name -> list of rows.
+("2D" or "3D"), labels (number scored), dsc, nsd (fractions, None where the ground truth has no label) and, where there
+are any, nsd_contour and seconds. Results are a dict, name -> list of rows.
 """
 import csv
 import io
@@ -16,8 +16,8 @@ from ..files import first_line
 from ..inference.names import patient_of
 from .published import SECONDS, published_scores
 
-MODALITIES = ("CT", "MR", "PET", "US", "XRay", "Dermoscopy", "Endoscopy", "Fundus", "Microscopy",      # the paper's order
-              "Mammography", "OCT")                                                 # not in its public validation set
+# The paper's order, and behind it what is not in its public validation set.
+MODALITIES = ("CT", "MR", "PET", "US", "XRay", "Dermoscopy", "Endoscopy", "Fundus", "Microscopy", "Mammography", "OCT")
 AVERAGES = ("average over modalities", "average over cases")
 KINDS = ("2D", "3D")
 TITLE = {"dsc": "DSC", "nsd": "NSD", "nsd_contour": "contour NSD", "XRay": "X-Ray", "2D": "2D, mean over cases",
@@ -145,10 +145,11 @@ def difference_table(results, targets, scores):
 
 def runtime_table(summaries, targets, published):
     """Tables 7 and 5: per modality, then the means of 2D and 3D cases."""
-    columns = {name: {target: entry["seconds"] for target, entry in summary.items()} for name, summary in summaries.items()}
+    columns = {name: {target: entry["seconds"] for target, entry in summary.items()}
+               for name, summary in summaries.items()}
     columns |= SECONDS if published else {}
-    return table(["Target", *columns], [[TITLE.get(target, target)] + [column.get(target) for column in columns.values()]
-                                        for target in targets])
+    lines = [[TITLE.get(target, target)] + [column.get(target) for column in columns.values()] for target in targets]
+    return table(["Target", *columns], lines)
 
 
 def table(header: list, lines: list[list]) -> str:
@@ -164,7 +165,7 @@ def cell(value) -> str:
 # ----------------------------------------------------------------------------------------------------------------- CSV
 
 def metrics_csv(rows: list[dict]) -> str:
-    """Write case,modality,labels,dsc,nsd[,nsd_contour][,seconds], a line per case, sorted; empty where there is none."""
+    """Write case,modality,labels,dsc,nsd[,nsd_contour][,seconds], a line per case, empty where there is no score."""
     return csv_text(["case", "modality", "labels", *columns_of(rows)], sorted(rows, key=lambda row: row["case"]))
 
 

@@ -11,7 +11,7 @@ from medficient_mini.evaluation.metrics import case_scores
 
 @pytest.fixture
 def evaluate(capsys):
-    """Run the script; its exit status, standard output and the lines on standard error that are not the progress bar's."""
+    """Run the script; its exit status, standard output and the lines on standard error but the progress bar's."""
     def run(*arguments):
         status = script.main([*map(str, arguments), *([] if "--workers" in arguments else ["--workers", "1"])])
         captured = capsys.readouterr()
@@ -54,7 +54,8 @@ def folders(tmp_path):
 
 
 def test_one_result(folders, evaluate):
-    (folders / "near" / "efficiency.csv").write_text("case,seconds\n2D_CT_a.npz,9\n2D_CT_b.npz,2\n2D_CT_a,1\n3D_MR_d.npz,8\n")
+    (folders / "near" / "efficiency.csv").write_text(
+        "case,seconds\n2D_CT_a.npz,9\n2D_CT_b.npz,2\n2D_CT_a,1\n3D_MR_d.npz,8\n")
     status, output, errors = evaluate("-s", folders / "near", "-g", folders / "gts", "--contour-nsd",
                                       "--figure", folders / "pictures")
     assert (status, errors) == (0, [])
@@ -87,8 +88,8 @@ def test_one_result(folders, evaluate):
 
 
 def test_results_side_by_side(folders, evaluate):
-    status, _, errors = evaluate("-s", f"ours={folders / 'near'}", f"theirs={folders / 'far'}", "-g", folders / "gts",
-                                 "-o", folders / "out", "--published", "--figure", folders / "pictures", "--tolerance", 0.5)
+    status, _, errors = evaluate("-s", f"ours={folders / 'near'}", f"theirs={folders / 'far'}", "-g", folders / "gts", "-o", folders / "out",
+                                 "--published", "--figure", folders / "pictures", "--tolerance", 0.5)
     assert (status, errors) == (0, [])
     assert sorted(p.name for p in (folders / "out").iterdir()) == [
         "metrics_ours.csv", "metrics_theirs.csv", "summary.csv", "summary.md"]
@@ -109,7 +110,7 @@ def test_results_side_by_side(folders, evaluate):
 
 def test_every_bad_input_is_one_line_and_the_rest_is_scored(folders, evaluate):
     gts, segs = folders / "gts", folders / "near"
-    bad_masks = {                                                             # fault 22: these score 0, as missing ones do
+    bad_masks = {                                                  # fault 22: these score 0, as missing ones do
         "2D_US_shape.npz": (dict(segs=LABELS[:-1]), "segs: expected the shape of gts, (40, 50), found (39, 50)"),
         "2D_US_float.npz": (dict(segs=LABELS.astype(float)), "segs: expected integer labels"),
         "2D_US_negative.npz": (dict(segs=LABELS.astype(int) - 1), "found -1"),
@@ -138,8 +139,8 @@ def test_every_bad_input_is_one_line_and_the_rest_is_scored(folders, evaluate):
     status, _, lines = evaluate("-s", segs, "-g", gts)
     assert status == 1
     expected = {name: words for name, (_, words) in (bad_masks | bad_truth).items()}
-    expected |= {"2D_US_broken.npz": "unreadable", "2D_US_empty.npz": "no label", "2D_US_stranger.npz": "without ground truth",
-                 "2D_CT_b.npz": "scored 0"}
+    expected |= {"2D_US_broken.npz": "unreadable", "2D_US_empty.npz": "no label", "2D_CT_b.npz": "scored 0",
+                 "2D_US_stranger.npz": "without ground truth"}
     assert len(lines) == len(expected)
     for name, words in expected.items():
         assert sum(name in line and words in line for line in lines) == 1, (name, lines)
@@ -157,17 +158,20 @@ def test_every_bad_input_is_one_line_and_the_rest_is_scored(folders, evaluate):
     status, _, lines = evaluate("-s", segs, "-g", gts, "--skip-missing", "-o", folders / "out")
     rows = table(folders / "out" / "metrics.csv", "case")
     assert status == 1 and any("2D_CT_b.npz" in line and "left out" in line for line in lines)
-    assert "2D_CT_b.npz" not in rows and rows["2D_US_broken.npz"]["dsc"] == "0.000000", "missing is left out, unreadable is not"
+    assert "2D_CT_b.npz" not in rows, "missing is left out"
+    assert rows["2D_US_broken.npz"]["dsc"] == "0.000000", "unreadable is not"
 
 
 def test_fault_9_decoration_costs_no_table(folders, evaluate):
     """Times that cannot be read and pictures that cannot be written cost a line each."""
-    (folders / "near" / "efficiency.csv").write_text('case,seconds\n2D_US_a"b,c.npz,1.2\n2D_CT_a.npz,fast\n2D_CT_b.npz\n\n'
-                                                     '2D_CT_b.npz,2\n3D_MR_d.npz,nan\n"x""y,z.npz",3\n')
+    (folders / "near" / "efficiency.csv").write_text(
+        'case,seconds\n2D_US_a"b,c.npz,1.2\n2D_CT_a.npz,fast\n2D_CT_b.npz\n\n'
+        '2D_CT_b.npz,2\n3D_MR_d.npz,nan\n"x""y,z.npz",3\n')
     (folders / "pictures").write_text("a file where the folder should be")
     status, _, lines = evaluate("-s", folders / "near", "-g", folders / "gts", "--figure", folders / "pictures")
     assert status == 1
-    for words in ("line 2: expected case,seconds", "line 3:", "line 4:", "line 7:", "--figure: CT", "--figure: MR", "--figure: XRay"):
+    for words in ("line 2: expected case,seconds", "line 3:", "line 4:", "line 7:",
+                  "--figure: CT", "--figure: MR", "--figure: XRay"):
         assert sum(words in line for line in lines) == 1, (words, lines)
     assert len(lines) == 7
     rows = table(folders / "near" / "metrics.csv", "case")
@@ -190,7 +194,8 @@ def test_fault_9_names_with_quote_and_comma(folders, evaluate):
 def test_fault_23_labels_without_a_counterpart_are_named(folders, evaluate):
     np.savez(folders / "gts" / "2D_CT_a.npz", gts=LABELS * 255)
     status, _, lines = evaluate("-s", folders / "near", "-g", folders / "gts")
-    assert len(lines) == 1 and lines[0].startswith("2D_CT_a.npz: segs: expected labels of the ground truth (the largest is 255)")
+    assert len(lines) == 1
+    assert lines[0].startswith("2D_CT_a.npz: segs: expected labels of the ground truth (the largest is 255), found none")
     assert table(folders / "near" / "metrics.csv", "case")["2D_CT_a.npz"]["dsc"] == "0.000000"
     np.savez(folders / "near" / "2D_CT_a.npz", segs=square(30, 30, 5, label=255))
     assert evaluate("-s", folders / "near", "-g", folders / "gts")[2] == [], "apart, but of the same label"

@@ -69,7 +69,7 @@ def test_every_recorded_pair():
         assert scores["nsd"] == pytest.approx(expected, abs=1e-9)
 
 
-# -------------------------------------------------------------------------------------------------------- surfel sizes
+# --------------------------------------------------------------------------------------------------------- surfel sizes
 
 def test_surfel_areas_by_hand():
     areas = surfel_sizes((1.0, 2.0, 3.0))                   # z, y, x; bit 7 - (4z + 2y + x) of the code
@@ -107,7 +107,7 @@ def test_contour_lengths_by_hand():
     assert lengths == pytest.approx(expected)
 
 
-# ----------------------------------------------------------------------------------------------------------- brute force
+# ---------------------------------------------------------------------------------------------------------- brute force
 
 SHAPE = (6, 8, 9)
 MASKS = {
@@ -153,7 +153,7 @@ def test_dsc_by_hand():
     assert all(math.isnan(score(gt & False, gt & False)) for score in (dsc, nsd, contour_nsd))
 
 
-# ------------------------------------------------------------------------------------------------------------ whole cases
+# ---------------------------------------------------------------------------------------------------------- whole cases
 
 def test_case_means_over_the_labels_of_the_ground_truth():
     gts, segs = np.zeros((20, 30), np.uint8), np.zeros((20, 30), np.int64)
@@ -185,7 +185,7 @@ def test_case_conventions():
     (np.zeros((4, 4), int), np.zeros((4, 4)), None, "segs: expected integer labels .* found float64"),
     (np.full((4, 4), -1), np.zeros((4, 4), int), None, "gts: expected labels 0 to 65535, found -1 to 0"),
     (np.full((4, 4), 70000), np.zeros((4, 4), int), None, "gts: expected labels 0 to 65535, found 0 to 70000"),
-    (np.zeros((2, 4, 4), int), np.zeros((2, 4, 4), int), None, "spacing: expected 3 positive numbers in mm, found None"),
+    (np.zeros((2, 4, 4), int), np.zeros((2, 4, 4), int), None, "spacing: expected 3 positive numbers .* found None"),
     (np.zeros((2, 4, 4), int), np.zeros((2, 4, 4), int), (1, 0, 1), "spacing: expected 3 positive numbers"),
     (np.zeros((2, 4, 4), int), np.zeros((2, 4, 4), int), np.ones((9, 40)), "spacing: expected 3 positive numbers"),
 ])
