@@ -29,22 +29,23 @@ def check_boxes(boxes, shape: tuple[int, ...], name: str, z_exclusive: bool = Fa
     boxes = boxes.astype(np.float64).reshape(-1, 2 * axes)
     lower, upper = boxes[:, :axes], boxes[:, axes:]                       # parts of `boxes`: they change together
     last = np.array(shape[::-1]) - 1                                      # x, y[, z] of the last pixel
-    size = "×".join(map(str, shape[::-1])) + (" volume" if axes == 3 else " image")
+    size = "×".join(map(str, shape[::-1]))
     if axes == 3:
-        boxes[:, [2, 5]] = np.rint(boxes[:, [2, 5]])
-        if z_exclusive and (lower[:, 2] == upper[:, 2]).any():
+        boxes[:, 2::3] = np.rint(boxes[:, 2::3])                          # z0 and z1
+    if axes == 3 and z_exclusive:
+        several = lower[:, 2] < upper[:, 2]
+        upper[:, 2] -= several
+        if not several.all():
             warnings.append(f"{name}: boxes: expected z0 < z1 where z1 is exclusive, found z0 = z1: one slice")
-        if z_exclusive:
-            upper[:, 2] -= upper[:, 2] > lower[:, 2]
     for wanted, bad in (("finite numbers", ~np.isfinite(boxes)),
                         ("the lower corner before the upper", lower > upper),
-                        (f"a box that touches the {size}, counted from 0", (upper < 0) | (lower > last))):
+                        (f"a box that touches the {size} pixels, counted from 0", (upper < 0) | (lower > last))):
         if bad.any():
             raise FieldError(f"boxes: expected {wanted}, found box {_first(boxes, bad)}")
     # The upper border of the last pixel, W or H, is a usual way to write it and no mistake; of slices it is one.
     over = (lower < 0) | (upper > last + np.array([1, 1, 0])[:axes])
     if over.any():
-        warnings.append(f"{name}: boxes: expected them inside the {size}, found {over.any(1).sum()} reaching over its "
+        warnings.append(f"{name}: boxes: expected them inside the {size} pixels, found {over.any(1).sum()} reaching over its "
                         f"border (first: box {_first(boxes, over)}): clipped")
     return np.hstack([lower.clip(0, last), upper.clip(0, last)]), warnings
 
@@ -67,7 +68,7 @@ def check_points(points, labels, shape: tuple[int, int]) -> tuple[np.ndarray, np
         raise FieldError(f"points: expected numbers of shape (P, 2), x y, found {points.dtype} {points.shape}")
     outside = ~((points >= 0) & (points < shape[::-1]))                   # NaN is outside too
     if outside.any():
-        raise FieldError(f"points: expected them in the {shape[1]}×{shape[0]} image, found point {_first(points, outside)}")
+        raise FieldError(f"points: expected them inside the {shape[1]}×{shape[0]} pixels, found point {_first(points, outside)}")
     if labels.shape != points.shape[:1] or not np.isin(labels, (0, 1)).all():
         raise FieldError(f"point labels: expected {len(points)} of 0 or 1, found {labels.dtype} {labels.shape}")
     return points.astype(np.float64), labels.astype(np.int64)
@@ -78,8 +79,7 @@ def check_columns(boxes, columns: int) -> None:
     shape = boxes.shape
     if boxes.dtype.kind not in "iuf":
         raise FieldError(f"boxes: expected numbers, found {boxes.dtype}")
-    empty = 0 in shape and len(shape) < 3
-    if not empty and (len(shape) not in (1, 2) or shape[-1] != columns):
+    if 0 not in shape and (len(shape) > 2 or shape[-1:] != (columns,)):
         order = "x0 y0 z0 x1 y1 z1 of a volume" if columns == 6 else "x0 y0 x1 y1 of an image"
         raise FieldError(f"boxes: expected shape (N, {columns}), {order}, found {shape}")
     if shape[0] > 65535:

@@ -21,12 +21,11 @@ from torch import Tensor
 from ..files import first_line, whole_file
 from ..machine import return_memory
 from ..nets.sam import NETWORKS, Sam, build_sam
-from .packing import expand_state
+from .packing import State, expand_state
 
 LITE_MEDSAM_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
 ENCODER = "image_encoder."
 DEFAULT = Path(__file__).parents[1] / "weights" / "medficientsam_l1.pth"
-WRAPPINGS = ("state_dict", "model_state_dict", "model")        # keys under which the weights may lie
 WRAPPERS = re.compile(r"^((_orig_mod|module|model|net)\.)+|_orig_mod\.")    # what training puts before their names
 # Types that often lie beside the tensors and that nothing here needs: options, paths, numpy's numbers and arrays.
 BESIDE_TENSORS = """argparse.Namespace pathlib.PosixPath pathlib.WindowsPath pathlib._local.PosixPath
@@ -56,8 +55,8 @@ def resolve(weights) -> Path:
         return find_lite_medsam()
     path = DEFAULT if weights is None else Path(weights)
     if not path.is_file():
-        raise ValueError(f"{path}: weights: expected this file"
-                         + (", which comes with the package; or name another with --weights" if weights is None else ""))
+        advice = "; it comes with the package, or name another with --weights" if weights is None else ""
+        raise ValueError(f"{path}: weights: expected a file, found none{advice}")
     return path
 
 
@@ -95,7 +94,7 @@ def read_torch(path):
     raise ValueError(f"{path}: weights: expected a PyTorch checkpoint, found {found}")
 
 
-def load_state(path) -> tuple[str, dict[str, Tensor]]:
+def load_state(path) -> tuple[str, State]:
     """Read a checkpoint file.
 
     Returns:
@@ -108,11 +107,12 @@ def load_state(path) -> tuple[str, dict[str, Tensor]]:
     return _unwrap(path, read_torch(path))
 
 
-def _unwrap(path, content) -> tuple[str, dict[str, Tensor]]:
+def _unwrap(path, content) -> tuple[str, State]:
     """What `load_state` says of the content of a file."""
     if not isinstance(content, dict):
         raise ValueError(f"{path}: weights: expected a state dict, found {type(content).__name__}")
-    while inner := [content[key] for key in WRAPPINGS if isinstance(content.get(key), dict)]:
+    while inner := [content[key] for key in ("state_dict", "model_state_dict", "model", "net")
+                    if isinstance(content.get(key), dict)]:
         content = inner[0]
     state = {}
     for key, value in content.items():
@@ -126,7 +126,7 @@ def _unwrap(path, content) -> tuple[str, dict[str, Tensor]]:
     return recognise(path, state), state
 
 
-def recognise(path, state: dict[str, Tensor]) -> str:
+def recognise(path, state: State) -> str:
     """Return the name of the network a state dict belongs to, told by keys only that network has."""
     if ENCODER + "patch_embed.proj.weight" in state:
         return "medsam_vit_b"
@@ -141,7 +141,7 @@ def recognise(path, state: dict[str, Tensor]) -> str:
     return by_blocks[blocks]
 
 
-def load_strictly(model: torch.nn.Module, state: dict[str, Tensor], path) -> None:
+def load_strictly(model: torch.nn.Module, state: State, path) -> None:
     """Make the tensors of a state dict the model's own, without copying those that have its type already.
 
     ValueError, one line, unless every key is there, of the right shape and finite: how many are not, and the first

@@ -175,8 +175,8 @@ def _open(path: Path, *needed: str):
     except FieldError as error:
         raise ValueError(f"{path.name}: {error}") from None
     except Exception as error:               # zipfile, zlib and numpy raise a dozen kinds for damage
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise ValueError(f"{path.name}: file: expected a whole NPZ archive, found it unreadable ({reason})") from None
+        raise ValueError(f"{path.name}: file: expected a whole NPZ archive, found it unreadable "
+                         f"({first_line(error)})") from None
 
 
 class _Array:
@@ -282,7 +282,7 @@ def _read_spacing(array: _Array) -> np.ndarray:
     found = f"{array.dtype} {array.shape}"
     if array.shape == (3,) and array.dtype.kind in "iuf":
         spacing = array.read(np.float64)
-        if np.isfinite(spacing).all() and (spacing > 0).all():
+        if ((spacing > 0) & (spacing < np.inf)).all():
             return spacing
         found = as_text(spacing)
     raise FieldError(f"spacing: expected three positive numbers (z, y, x in mm), found {found}")

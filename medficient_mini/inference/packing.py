@@ -7,12 +7,13 @@ Packing what was expanded gives the same integers again, so nothing is lost by s
 import torch
 from torch import Tensor
 
+State = dict[str, Tensor]
 SCALE = ".scale"
 SMALLEST = 4096                      # Tensors with fewer numbers save nothing, and tokens are sensitive.
 SHRINK = torch.linspace(1.0, 0.7, 7)         # candidate clipping points, as fractions of a channel's largest weight
 
 
-def pack_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def pack_state(state: State) -> State:
     """Pack a float state dict as the module says, on the CPU; the result can be saved and read without code."""
     packed = {}
     for key, value in state.items():
@@ -24,7 +25,7 @@ def pack_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return packed
 
 
-def expand_state(packed: dict[str, Tensor]) -> dict[str, Tensor]:
+def expand_state(packed: State) -> State:
     """Turn a packed state dict back into a float32 one; one that is not packed comes back unchanged."""
     state = dict(packed)
     for key in packed:

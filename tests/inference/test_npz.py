@@ -164,7 +164,7 @@ def test_boxes_of_any_type_become_float64(tmp_path, dtype):
     (np.zeros(()), "shape"), (np.array([["a"] * 4]), "numbers"), (np.zeros((1, 4), complex), "numbers"),
     (np.array([[1, 2, np.nan, 4]]), "finite"), (np.array([[0, 0, 9, 9], [1, -np.inf, 3, 4]]), "box 2 of 2: 1 -inf 3 4"),
     (np.array([[10, 2, 5, 4]]), "lower corner"), (np.array([[1, 9, 5, 4]]), "lower corner"),
-    (np.array([[-9, 0, -1, 5]]), "40×30 image"), (np.array([[0, 30, 5, 50]]), "touches"),
+    (np.array([[-9, 0, -1, 5]]), "40×30 pixels"), (np.array([[0, 30, 5, 50]]), "touches"),
     (np.array([[40, 0, 50, 9]]), "touches"), (np.zeros((70000, 4)), "65535")])
 def test_bad_boxes(tmp_path, boxes, words):
     line = error_of(check_boxes, boxes, (30, 40), "a")
