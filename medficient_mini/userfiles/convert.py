@@ -11,7 +11,7 @@ import argparse
 import re
 import sys
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -54,29 +54,30 @@ def pair_files(images: Path, masks: Path) -> list[tuple[Path, list[Path]]]:
     Raises:
         ValueError: a folder has no files.
     """
-    if images.is_file() and masks.is_file():
-        return [(list_files(images)[0], list_files(masks))]
     image_files, mask_files = list_files(images), list_files(masks)
+    if images.is_file() and masks.is_file():
+        return [(images, mask_files)]
     if images.resolve() == masks.resolve():
         image_files = [path for path in image_files if not MASK_ENDING.search(stem_of(path))]
         mask_files = [path for path in mask_files if MASK_ENDING.search(stem_of(path))]
     else:                                             # the masks' folder may lie within that of the images
         image_files = [path for path in image_files if masks.resolve() not in path.resolve().parents]
-    by_name: dict[Path, list[Path]] = {}
+    by_name = defaultdict(list)
     for path in mask_files:
-        for stem in {stem_of(path), MASK_ENDING.sub("", stem_of(path))}:
-            by_name.setdefault(folder_below(masks, path) / stem, []).append(path)
+        name = name_below(masks, path)
+        for key in {name, MASK_ENDING.sub("", name)}:
+            by_name[key].append(path)
     pairs = []
     for path in image_files:
-        name = folder_below(images, path) / stem_of(path)
-        without_channel = name.with_name(name.name.removesuffix("_0000"))
-        pairs.append((path, by_name.get(name) or by_name.get(without_channel, [])))
+        name = name_below(images, path)
+        pairs.append((path, by_name.get(name) or by_name.get(name.removesuffix("_0000"), [])))
     return pairs
 
 
-def folder_below(root: Path, path: Path) -> Path:
-    """Return the folder of a file relative to `root`, "." where root is the file itself."""
-    return path.parent.relative_to(root) if root.is_dir() else Path()
+def name_below(root: Path, path: Path) -> str:
+    """Join the folders of a file below `root` and its stem by slashes: patient1/slice_01."""
+    folder = path.parent.relative_to(root) if root.is_dir() else Path()
+    return (folder / stem_of(path)).as_posix()
 
 
 def number_objects(labels: np.ndarray, instances: bool, min_size: int) -> tuple[np.ndarray, np.ndarray, int]:
@@ -96,7 +97,7 @@ def number_objects(labels: np.ndarray, instances: bool, min_size: int) -> tuple[
         ValueError: there are more than 65535 objects.
     """
     from scipy.ndimage import find_objects, label
-    gts, boxes, dropped = np.zeros(labels.shape, np.uint16), [], 0
+    gts, count, dropped = np.zeros(labels.shape, np.uint16), 0, 0
     for value, place in enumerate(find_objects(labels), 1):
         if place is None:
             continue
@@ -108,12 +109,13 @@ def number_objects(labels: np.ndarray, instances: bool, min_size: int) -> tuple[
             if inside.sum() < min_size:
                 dropped += 1
                 continue
-            if len(boxes) == 65535:
+            if count == 65535:
                 raise ValueError("gts: expected at most 65535 objects, found more (see --min-size)")
-            corner = np.array([p.start + i.start for p, i in zip(place, inner)])
-            boxes.append([*corner[::-1], *(corner + inside.shape - 1)[::-1]])
-            gts[place][inner][inside] = len(boxes)
-    kind = np.uint8 if len(boxes) <= 255 else np.uint16
+            count += 1
+            gts[place][inner][inside] = count
+    boxes = [[*(side.start for side in place[::-1]), *(side.stop - 1 for side in place[::-1])]
+             for place in find_objects(gts)]
+    kind = np.uint8 if count <= 255 else np.uint16
     return gts.astype(kind), np.array(boxes, np.int64).reshape(-1, 2 * labels.ndim), dropped
 
 
@@ -139,18 +141,20 @@ def read_pair(image: Path, mask: Path, window, axis: str) -> tuple[dict, np.ndar
     if is_nifti(image) != is_nifti(mask):
         raise ValueError(f"{mask.name}: gts: expected {'NIfTI' if is_nifti(image) else 'a picture'} as {image.name} is")
     if is_nifti(image):
-        volume, grid, text = load_nifti(image, axis, window)
-        arrays, labels, remark = {"imgs": volume, "spacing": grid.spacing}, load_label_nifti(mask, grid), None
+        imgs, grid, text = load_nifti(image, axis, window)
+        labels, remark = load_label_nifti(mask, grid), ""
+        arrays = {"imgs": imgs, "intensity": text, "spacing": grid.spacing}
     else:
-        pixels, text = load_picture(image, window)
+        imgs, text = load_picture(image, window)
         labels, remark = load_label_picture(mask)
-        arrays = {"imgs": pixels}
-    turned = f"{image.name} was {TURNED}" + ("" if TURNED in (remark or "") else ", its mask was not")
-    if labels.shape != arrays["imgs"].shape[:labels.ndim]:
-        raise ValueError(f"{mask.name}: gts: expected the image's size {arrays['imgs'].shape[:2]}, found {labels.shape}"
-                         + (f" ({turned})" if TURNED in text else ""))
-    lines = [remark, f"{mask.name}: gts: {turned}" if TURNED in text else None, drop_ignored(labels, mask.name)]
-    return arrays | {"intensity": text}, labels, list(filter(None, lines))
+        arrays = {"imgs": imgs, "intensity": text}
+    turned = ""
+    if TURNED in text:
+        turned = f" (the image was {TURNED}, its mask was {'too' if remark and TURNED in remark else 'not'})"
+    if labels.shape != imgs.shape[:labels.ndim]:
+        raise ValueError(f"{mask.name}: gts: expected the image's size {imgs.shape[:2]}, found {labels.shape}{turned}")
+    lines = [remark, turned and f"{mask.name}: gts: see that it fits{turned}", drop_ignored(labels, mask.name)]
+    return arrays, labels, list(filter(None, lines))
 
 
 def drop_ignored(labels: np.ndarray, name: str) -> str | None:
@@ -188,7 +192,7 @@ def convert(arguments) -> int:
                 found = " and ".join(mask.name for mask in masks) or "none"
                 raise ValueError(f"{image.name}: gts: expected one mask of this name in {arguments.masks}, found {found}")
             # The subfolder, which often is the patient, stays part of the name: training splits by patient.
-            stem = "-".join([*folder_below(arguments.images, image).parts, stem_of(image)])
+            stem = name_below(arguments.images, image).replace("/", "-")
             name = f"{3 if is_nifti(image) else 2}D_{arguments.modality}_{stem}.npz"
             if names.setdefault(name, image) != image:
                 raise ValueError(f"{image.name}: name: expected one image for {name}, found {names[name].name} too")

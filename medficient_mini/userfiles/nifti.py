@@ -55,31 +55,26 @@ def grid_of(shape, affine: np.ndarray, axis: str, header=None) -> Grid:
 
     Args:
         shape: (I, J, K) of the file.
-        affine: (4, 4), voxel indices to mm.
-
-    Raises:
-        ValueError: the affine is no voxel grid.
+        affine: float64 (4, 4), voxel indices to mm.
     """
     from nibabel.orientations import io_orientation
-    matrix = np.asarray(affine, np.float64)[:3, :3]
-    spacing = np.linalg.norm(matrix, axis=0)
-    if not np.isfinite(affine).all() or not (spacing > 0).all() or abs(np.linalg.det(matrix / spacing)) < 1e-3:
-        raise ValueError(f"affine: expected three independent voxel axes, found {matrix.round(3).tolist()}")
     # For each file axis the patient axis it follows (0 left-right, 1 back-front, 2 feet-head) and the sense.
     follows, sense = io_orientation(affine).T
     order = [int(np.flatnonzero(follows == "LPS".index(letter.replace("I", "S")))[0]) for letter in AXES[axis]]
     flip = [bool((sense[file_axis] > 0) != (letter in "RAS")) for file_axis, letter in zip(order, AXES[axis])]
-    return Grid(tuple(shape), np.asarray(affine, np.float64), tuple(order), tuple(flip), spacing[order], header)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)[order]
+    return Grid(tuple(shape), affine, tuple(order), tuple(flip), spacing, header)
 
 
 def _open(path: Path):
     """Open a 3D (or 2D) scalar NIfTI file, nothing but its header read.
 
     Returns:
-        nibabel's image, its shape (I, J, K), its affine to mm, and words where the header's unit is another.
+        nibabel's image, its shape (I, J, K), its affine (4, 4) to mm, and the header's unit where that is not mm.
 
     Raises:
-        ValueError: it is damaged, no NIfTI file, a series, or its numbers are complex or colours.
+        ValueError: it is damaged, no NIfTI file, a series, its numbers are complex or colours, or its affine is no
+            voxel grid.
     """
     try:
         import nibabel
@@ -87,16 +82,13 @@ def _open(path: Path):
         raise ValueError(f"{path.name}: file: NIfTI files need the package nibabel: pip install nibabel") from None
     try:
         image = nibabel.load(path, keep_file_open=True)
-    except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError,
-            nibabel.spatialimages.HeaderDataError) as error:
+    except Exception as error:                        # nibabel has many, of several modules
         raise ValueError(f"{path.name}: file: expected a NIfTI volume, found it unreadable "
                          f"({first_line(error)})") from None
-    shape = image.shape
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) not in (2, 3) or min(shape) < 1:
+    shape = (image.shape + (1,))[:3]
+    if len(shape) < 3 or min(shape) < 1 or set(image.shape[3:]) - {1}:
         raise ValueError(f"{path.name}: imgs: expected a 3D volume, found shape {image.shape}"
-                         + (" (a series: save one volume of it as a file)" if len(shape) > 3 else ""))
+                         " (of a series, save one volume as a file)")
     dtype = image.get_data_dtype()
     if dtype.kind not in "iuf":
         raise ValueError(f"{path.name}: imgs: expected one number per voxel, found {dtype}")
@@ -105,9 +97,14 @@ def _open(path: Path):
     if claimed > min(LARGEST, size * (1100 if path.suffix.lower() == ".gz" else 1)):
         raise ValueError(f"{path.name}: imgs: expected the {claimed:,} bytes that its header {dtype} {shape} announces, "
                          f"found a file of {size:,}")
-    unit, in_mm = UNITS.get(int(image.header["xyzt_units"]) & 7, (None, 1.0))
-    return (image, shape + (1,) * (3 - len(shape)), np.diag([in_mm, in_mm, in_mm, 1.0]) @ image.affine,
-            unit and f"lengths in {unit} taken as mm × {in_mm:g}")
+    unit, in_mm = UNITS.get(int(image.header["xyzt_units"]) & 7, ("", 1.0))
+    affine = np.diag([in_mm, in_mm, in_mm, 1.0]) @ image.affine
+    steps = affine[:3, :3]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        independent = abs(np.linalg.det(steps / np.linalg.norm(steps, axis=0))) > 1e-3
+    if not independent or not np.isfinite(affine).all():
+        raise ValueError(f"{path.name}: affine: expected three independent voxel axes, found {steps.round(3).tolist()}")
+    return image, shape, affine, unit
 
 
 def _slabs(path: Path, image, shape):
@@ -122,7 +119,8 @@ def _slabs(path: Path, image, shape):
                 while stream.read(1 << 20):
                     pass
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise ValueError(f"{path.name}: file: expected {shape} voxels, found it damaged ({first_line(error)})") from None
+        raise ValueError(f"{path.name}: file: expected {shape} voxels, found it damaged "
+                         f"({first_line(error)})") from None
 
 
 def load_nifti(path, axis: str = "axial", window: tuple[float, float] | None = None) -> tuple[np.ndarray, Grid, str]:
@@ -145,10 +143,7 @@ def load_nifti(path, axis: str = "axial", window: tuple[float, float] | None = N
     """
     path = Path(path)
     image, shape, affine, unit = _open(path)
-    try:
-        grid = grid_of(shape, affine, axis, image.header)
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from None
+    grid = grid_of(shape, affine, axis, image.header)
     plain = image.get_data_dtype() == np.uint8 and (image.dataobj.slope, image.dataobj.inter) == (1, 0)
     low, high, text = 0.0, 255.0, "8 bits as they are"
     if window is not None:
@@ -161,7 +156,7 @@ def load_nifti(path, axis: str = "axial", window: tuple[float, float] | None = N
     in_file = grid.to_file(volume)                                             # a view: filled slab by slab
     for k, slab in _slabs(path, image, shape):
         in_file[:, :, k] = to_uint8(slab, low, high)
-    return volume, grid, "; ".join(filter(None, [text, unit]))
+    return volume, grid, text + (f"; lengths in {unit}, turned into mm" if unit else "")
 
 
 def load_label_nifti(path, grid: Grid) -> np.ndarray:
@@ -175,8 +170,9 @@ def load_label_nifti(path, grid: Grid) -> np.ndarray:
     image, shape, affine, _ = _open(path)
     if shape != grid.shape:
         raise ValueError(f"{path.name}: gts: expected the image's shape {grid.shape}, found {shape}")
-    corners = np.array([[i, j, k, 1] for i in (0, shape[0]) for j in (0, shape[1]) for k in (0, shape[2])])
-    distance = np.linalg.norm(corners @ (affine - grid.affine).T, axis=1).max()
+    corners = np.array(list(np.ndindex(2, 2, 2))) * shape
+    off = affine - grid.affine
+    distance = np.linalg.norm(corners @ off[:3, :3].T + off[:3, 3], axis=1).max()
     if not distance < 0.5 * grid.spacing.min():
         raise ValueError(f"{path.name}: gts: expected the image's affine, found one that puts a corner "
                          f"{distance:.1f} mm off")
@@ -196,5 +192,9 @@ def save_label_nifti(path, segs: np.ndarray, grid: Grid) -> None:
     kind = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
     # Without an affine of ours the header's own ones stay as they are, in their unit.
     image = kind(np.ascontiguousarray(grid.to_file(segs)), None, header)
-    with whole_file(path) as temporary:
-        nibabel.save(image, temporary)
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        if str(path).lower().endswith(".gz"):
+            with gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as packed:
+                image.to_stream(packed)
+        else:
+            image.to_stream(file)

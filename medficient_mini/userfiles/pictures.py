@@ -116,7 +116,7 @@ def to_uint8(array: np.ndarray, low: float, high: float) -> np.ndarray:
     """Map numbers of any type and shape to uint8: low and below to 0, high and above to 255, NaN to 0."""
     # 8 and 16 bits are exact in float32. Larger numbers far from zero would lose their differences there.
     kind = np.float32 if np.asarray(array).dtype.itemsize <= 2 else np.float64
-    scaled = (np.asarray(array, kind) - low) * (255 / max(high - low, 1e-12))
+    scaled = (np.asarray(array, kind) - low) * 255 / max(high - low, 1e-12)
     return np.nan_to_num(scaled.clip(0, 255) + 0.5, nan=0.0).astype(np.uint8)
 
 
@@ -138,13 +138,14 @@ def load_picture(path, window: tuple[float, float] | None = None) -> tuple[np.nd
     """
     path = Path(path)
     pixels, remark = decode(read_bytes(path), path)
-    pixels = pixels[..., :3] if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
+    pixels = np.atleast_3d(pixels)[..., :3]
     text = "8 bits as they are"
     if pixels.dtype != np.uint8 or window is not None:
         step = -(-pixels.size // SAMPLE)
-        low, high, text = intensity_range(pixels.reshape(-1, 3)[::step], window)
+        low, high, text = intensity_range(pixels.reshape(-1, pixels.shape[2])[::step], window)
         pixels = to_uint8(pixels, low, high)
-    return np.ascontiguousarray(pixels), "; ".join(filter(None, [text, remark]))
+    rgb = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+    return np.ascontiguousarray(rgb), "; ".join(filter(None, [text, remark]))
 
 
 def decode(data: bytes, path: Path) -> tuple[np.ndarray, str | None]:
@@ -235,12 +236,12 @@ def save_label_picture(path, segs: np.ndarray) -> None:
     Up to 255 labels become indices of a palette: programs read the labels, viewers show them in the colours of
     `show.draw.overlay`. More become 16-bit grey values.
     """
-    few = segs.max(initial=0) < 256
-    png = cv2.imencode(".png", segs.astype(np.uint8 if few else np.uint16))[1].tobytes()
-    if few:
+    count = int(segs.max()) + 1
+    png = cv2.imencode(".png", segs.astype(np.uint8 if count <= 256 else np.uint16))[1].tobytes()
+    if count <= 256:
         # Grey and palette differ only in the header's colour type, here made 3, and in the palette behind it.
         header = png_chunk(b"IHDR", png[16:25] + b"\3" + png[26:29])
-        png = png[:8] + header + png_chunk(b"PLTE", colours(256).tobytes()) + png[33:]
+        png = png[:8] + header + png_chunk(b"PLTE", colours(count).tobytes()) + png[33:]
     with whole_file(path) as temporary:
         temporary.write_bytes(png)
 

@@ -1,0 +1,121 @@
+"""Label pictures: which number is which object, written and read; masks that are none are refused."""
+import cv2
+import numpy as np
+import pytest
+from test_pictures import RGB, write, write_tiff, write_with_exif
+
+from medficient_mini.show.draw import colours
+from medficient_mini.userfiles.labels import load_label_picture
+from medficient_mini.userfiles.pictures import save_label_picture
+
+LABELS = np.kron(np.array([[0, 1, 2], [2, 0, 3]], np.uint8), np.ones((10, 10), np.uint8))
+DISC = cv2.circle(np.zeros((99, 99), np.uint8), (50, 50), 30, 255, -1)
+
+
+@pytest.mark.parametrize("highest", [0, 3, 255, 300])
+def test_label_pictures_round_trip(tmp_path, highest):
+    labels = (np.arange(600).reshape(20, 30) % (highest + 1)).astype(np.uint16)
+    save_label_picture(tmp_path / "a.png", labels)
+    back, warning = load_label_picture(tmp_path / "a.png")
+    assert (back == labels).all() and warning is None and [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_saved_mask_is_labels_to_programs_and_colours_to_viewers(tmp_path):   # fault 42
+    pil = pytest.importorskip("PIL.Image")
+    save_label_picture(tmp_path / "a.png", LABELS)
+    picture = pil.open(tmp_path / "a.png")
+    assert picture.mode == "P" and (np.asarray(picture) == LABELS).all()
+    assert (np.asarray(picture.convert("RGB")) == colours(4)[LABELS]).all()
+    assert (cv2.imread(str(tmp_path / "a.png"))[..., ::-1] == colours(4)[LABELS]).all()
+    save_label_picture(tmp_path / "b.png", np.arange(600, dtype=np.uint16).reshape(20, 30))
+    assert (cv2.imread(str(tmp_path / "b.png"), cv2.IMREAD_UNCHANGED) == np.arange(600).reshape(20, 30)).all()
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp"])
+def test_a_palettes_index_is_the_label(tmp_path, suffix):                       # fault 24
+    pil = pytest.importorskip("PIL.Image")
+    picture = pil.fromarray(LABELS)
+    picture.putpalette([255, 255, 255, 200, 0, 0, 0, 0, 0, 0, 0, 200])          # 0 is white, 2 is black
+    picture.save(tmp_path / f"a.{suffix}")
+    picture.save(tmp_path / f"b.{suffix}", transparency=1)
+    for name in "ab":
+        labels, warning = load_label_picture(tmp_path / f"{name}.{suffix}")
+        assert (labels == LABELS).all() and warning is None
+    picture.save(tmp_path / "c.tif")
+    with pytest.raises(ValueError, match="c.tif: gts: expected labels, found a TIFF with a palette"):
+        load_label_picture(tmp_path / "c.tif")
+
+
+def test_grey_and_coloured_labels(tmp_path):
+    table = np.array([[0, 0, 0], [0, 0, 255], [128, 0, 0], [128, 64, 0]], np.uint8)
+    assert (load_label_picture(write(tmp_path / "rgb.png", table[LABELS]))[0] == LABELS).all()
+    for name in ("a.png", "a.bmp", "a.tif"):
+        assert (load_label_picture(write(tmp_path / name, LABELS * 85))[0] == LABELS * 85).all()
+    white = (LABELS > 0).astype(np.uint8) * 255
+    back, warning = load_label_picture(write(tmp_path / "white.png", np.dstack([white] * 3)))
+    assert (back == white).all() and warning is None
+    many = np.kron(np.arange(256, dtype=np.uint8).reshape(16, 16), np.ones((3, 3), np.uint8))
+    assert (load_label_picture(write(tmp_path / "many.png", many))[0] == many).all()
+    with pytest.raises(ValueError, match="photo.png: gts: expected at most 255 flat colours"):
+        load_label_picture(write(tmp_path / "photo.png", RGB))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("colour", [0, 255])
+def test_a_mask_in_the_transparency_is_found(tmp_path, suffix, colour):         # fault 25
+    pixels = np.full((20, 30, 4), colour, np.uint8)
+    pixels[..., 3] = (LABELS == 1) * 255
+    labels, _ = load_label_picture(write(tmp_path / f"a.{suffix}", pixels))
+    assert ((labels > 0) == (LABELS == 1)).all()
+
+
+def test_what_is_not_visible_is_background(tmp_path):                           # fault 25
+    pixels = np.full((20, 30, 4), 255, np.uint8)
+    pixels[LABELS == 1, :3] = 200, 0, 0
+    pixels[LABELS == 2, :3] = 0, 200, 0
+    pixels[..., 3] = np.isin(LABELS, [1, 2]) * 255                              # white where nothing is seen
+    labels, _ = load_label_picture(write(tmp_path / "a.png", pixels))
+    assert (labels == np.array([0, 2, 1, 0])[LABELS]).all()
+
+
+def test_soft_edges_are_cut(tmp_path):
+    soft = cv2.GaussianBlur(DISC, (0, 0), 1)
+    for name in ("soft.png", "soft.jpg"):
+        labels, warning = load_label_picture(write(tmp_path / name, soft))
+        assert set(np.unique(labels)) == {0, 1} and abs(int(labels.sum()) - (DISC > 0).sum()) < 60
+        assert "cut at 128" in warning
+
+
+def test_antialiased_lines_are_one_object(tmp_path):                            # fault 26
+    lines = np.zeros((200, 200), np.uint8)
+    for k in range(4):
+        cv2.line(lines, (5, 20 + k * 30), (190, 33 + k * 37), 255, 1, cv2.LINE_AA)
+    assert len(np.unique(lines)) > 50
+    for name, pixels in (("a.png", lines), ("a.tif", lines.astype(np.uint16) * 257)):
+        labels, warning = load_label_picture(write(tmp_path / name, pixels))
+        assert (labels == (lines > 127)).all() and "cut at" in warning
+    colour = write(tmp_path / "b.png", np.dstack([lines, lines * 0, lines]))
+    with pytest.raises(ValueError, match="b.png: gts: expected at most 255 flat colours"):
+        load_label_picture(colour)
+
+
+def test_pictures_that_are_no_masks_are_refused(tmp_path):                      # fault 26
+    for name, pixels in (("noise.png", RGB[..., 0]), ("labels.jpg", LABELS * 85), ("dark.png", DISC // 2)):
+        if name == "dark.png":
+            pixels = cv2.GaussianBlur(pixels, (0, 0), 1)
+        with pytest.raises(ValueError, match=f"^{name}: gts: expected labels or black and white[^\n]*$"):
+            load_label_picture(write(tmp_path / name, pixels))
+
+
+def test_numbers_are_whole_within_a_thousandth(tmp_path):                       # fault 32
+    nearly = LABELS.astype(np.float64) * 0.99999999977
+    assert (load_label_picture(write_tiff(tmp_path / "a.tif", nearly))[0] == LABELS).all()
+    for bad in (0.25, -1.0, 70000.0, np.nan, np.inf):
+        path = write_tiff(tmp_path / "b.tif", np.where(LABELS == 3, bad, LABELS).astype(np.float32))
+        with pytest.raises(ValueError, match=f"^b.tif: gts: expected whole numbers 0 to 65535, found {bad:g}$"):
+            load_label_picture(path)
+
+
+def test_a_turned_mask_is_said(tmp_path):                                       # fault 27
+    labels, warning = load_label_picture(write_with_exif(tmp_path / "a.png", LABELS, 6))
+    assert (labels == np.rot90(LABELS, -1)).all() and "a.png: gts: turned as its EXIF orientation" in warning
