@@ -2,9 +2,12 @@
 import cv2
 import numpy as np
 import pytest
+from test_pictures import write, write_with_exif
 
 from medficient_mini.inference.npz import list_cases, read_case
+from medficient_mini.userfiles import convert
 from medficient_mini.userfiles.convert import loosen, main, number_objects, pair_files
+from medficient_mini.userfiles.pictures import save_label_picture
 
 RNG = np.random.default_rng(0)
 
@@ -27,9 +30,24 @@ def scattered():
     return labels
 
 
-def save_picture(path, pixels):
+def save(path, pixels):
     path.parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(path), pixels)
+    return write(path, pixels)
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """run(*words, code=0) -> (stdout, lines of stderr that are no progress) of i/ and g/ converted into o/."""
+    def run(*words, code=0):
+        folders = [word for letter in "igo" for word in (f"-{letter}", str(tmp_path / letter))]
+        assert main([*folders, "--modality", "US", *map(str, words)]) == code
+        out, err = capsys.readouterr()
+        return out, [line for line in err.splitlines() if not line.startswith("converting")]
+    return run
+
+
+def case_of(tmp_path, name="2D_US_a"):
+    return read_case(tmp_path / f"o/{name}.npz", need_gts=True)
 
 
 def test_labels_become_consecutive_objects_with_tight_boxes():
@@ -65,7 +83,6 @@ def test_margins_stay_inside_and_follow_the_seed():
     outward = np.abs(moved[1::2] - boxes[1::2])
     assert (moved[1::2, :2] <= boxes[1::2, :2]).all() and (moved[1::2, 2:] >= boxes[1::2, 2:]).all()
     assert set(np.unique(outward)) == set(range(6))
-    assert (loosen(boxes, (40, 50), 5, np.random.default_rng(3)) == moved).all()
     assert (loosen(boxes, (40, 50), 0, np.random.default_rng(3)) == boxes).all()
     volume = loosen(np.array([[5, 5, 2, 9, 9, 4]] * 50), (7, 20, 20), 3, np.random.default_rng(0))
     assert (volume[:, [2, 5]] == [2, 4]).all() and (volume[:, :2] >= 2).all()
@@ -73,47 +90,55 @@ def test_margins_stay_inside_and_follow_the_seed():
 
 def test_names_that_belong_together(tmp_path):
     for name in ("images/a.png", "images/sub/a.jpg", "images/b.nii.gz", "images/c_0000.nii", "images/d.png", "images/e.png",
-                 "masks/a_mask.png", "masks/sub/a.png", "masks/b_seg.nii.gz", "masks/c.nii", "masks/e.png", "masks/e-GT.bmp"):
+                 "masks/a_mask.png", "masks/sub/a.png", "masks/b_seg.nii.gz", "masks/c.nii", "masks/e.png",
+                 "masks/e-GT.bmp", "one/x.png", "one/x_Segmentation.png", "around/y.png", "around/gt/y.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    pairs = {p.name if p.parent.name != "sub" else "sub": [m.name for m in found]
-             for p, found in pair_files(tmp_path / "images", tmp_path / "masks")}
-    assert pairs == {"a.png": ["a_mask.png"], "sub": ["a.png"], "b.nii.gz": ["b_seg.nii.gz"], "c_0000.nii": ["c.nii"],
-                     "d.png": [], "e.png": ["e-GT.bmp", "e.png"]}
-    for name in ("one/x.png", "one/x_Segmentation.png"):
-        (tmp_path / "one").mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert [(p.name, [m.name for m in found]) for p, found in pair_files(tmp_path / "one", tmp_path / "one")] == [
-        ("x.png", ["x_Segmentation.png"])]
+
+    def pairs(images, masks):
+        found = pair_files(tmp_path / images, tmp_path / masks)
+        return {path.relative_to(tmp_path / images).as_posix(): [mask.name for mask in masks] for path, masks in found}
+
+    assert pairs("images", "masks") == {"a.png": ["a_mask.png"], "sub/a.jpg": ["a.png"], "b.nii.gz": ["b_seg.nii.gz"],
+                                        "c_0000.nii": ["c.nii"], "d.png": [], "e.png": ["e-GT.bmp", "e.png"]}
+    assert pairs("one", "one") == {"x.png": ["x_Segmentation.png"]}
+    assert pairs("around", "around/gt") == {"y.png": ["y.png"]}
 
 
-def test_pictures_become_cases(tmp_path, capsys):
+def test_pictures_become_cases_and_subfolders_stay_in_their_names(tmp_path, run):       # fault 20
     grey = RNG.integers(0, 256, (40, 50), dtype=np.uint8)
     colour = RNG.integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    save_picture(tmp_path / "i/a.png", grey)
-    save_picture(tmp_path / "g/a_mask.png", scattered())
-    save_picture(tmp_path / "i/p/b.bmp", colour)
-    save_picture(tmp_path / "g/p/b.png", ((scattered() > 0) * 255).astype(np.uint8))
-    words = ["-i", str(tmp_path / "i"), "-g", str(tmp_path / "g"), "-o", str(tmp_path / "o"), "--modality", "US"]
-    assert main(words + ["--instances", "--min-size", "3", "--margin", "4", "--seed", "5"]) == 0
-    assert "2 written" in capsys.readouterr().out
-    paths = list_cases(tmp_path / "o")
-    assert [p.name for p in paths] == ["2D_US_a.npz", "2D_US_p-b.npz"]
-    a, b = (read_case(p, need_gts=True) for p in paths)
-    assert (a.image == grey[..., None]).all() and (b.image == colour[..., ::-1]).all() and not a.warnings + b.warnings
+    save(tmp_path / "i/a.png", grey)
+    save(tmp_path / "g/a_mask.png", scattered())
+    save(tmp_path / "i/patient1/slice_01.bmp", colour)
+    save(tmp_path / "g/patient1/slice_01.png", (scattered() > 0).astype(np.uint8) * 255)
+    words = "--instances", "--min-size", 3, "--margin", 4, "--seed", 5
+    assert "2 written" in run(*words)[0]
+    assert [path.name for path in list_cases(tmp_path / "o")] == ["2D_US_a.npz", "2D_US_patient1-slice_01.npz"]
+    a, b = case_of(tmp_path), case_of(tmp_path, "2D_US_patient1-slice_01")
+    assert (a.image == grey[..., None]).all() and (b.image == colour).all() and not a.warnings + b.warnings
     assert a.modality == "US" and set(np.unique(a.gts)) == {0, 1, 2, 3} and len(a.boxes) == len(b.boxes) == 3
     tight = np.array(brute_boxes(a.gts))
     assert (np.abs(a.boxes - tight) <= 4).all() and (a.boxes != tight).any()
-    with np.load(paths[0], allow_pickle=False) as file:
+    with np.load(tmp_path / "o/2D_US_a.npz", allow_pickle=False) as file:
         assert sorted(file.files) == ["boxes", "gts", "imgs", "intensity"] and str(file["intensity"]) == "8 bits as they are"
-    before = [p.read_bytes() for p in paths]
-    main(words + ["--instances", "--min-size", "3", "--margin", "4", "--seed", "5"])
-    with np.load(paths[0], allow_pickle=False) as file:
-        assert (file["boxes"] == a.boxes).all()
-    assert len(before) == len(list_cases(tmp_path / "o"))
 
 
-def test_volumes_become_cases_along_the_wanted_axis(tmp_path):
+def test_margins_are_the_same_again_and_follow_the_seed(tmp_path, run):
+    save(tmp_path / "i/b.png", scattered())
+    save(tmp_path / "g/b.png", scattered())
+    boxes = {}
+    # Another image beside it changes nothing, another seed does.
+    for key, seed in (("first", 5), ("again", 5), ("other", 6)):
+        run("--instances", "--margin", 4, "--seed", seed)
+        boxes[key] = case_of(tmp_path, "2D_US_b").boxes
+        (tmp_path / "o/2D_US_b.npz").unlink()
+        save(tmp_path / "i/a.png", scattered())
+        save(tmp_path / "g/a.png", scattered())
+    assert (boxes["first"] == boxes["again"]).all() and (boxes["first"] != boxes["other"]).any()
+
+
+def test_volumes_become_cases_along_the_wanted_axis(tmp_path, run):
     nib = pytest.importorskip("nibabel")
     affine = np.array([[0, 0, 3.0, 0], [0.8, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]])       # file axes: P→A, S→I, L→R
     data = RNG.normal(0, 400, (8, 9, 10)).astype(np.int16)
@@ -122,49 +147,107 @@ def test_volumes_become_cases_along_the_wanted_axis(tmp_path):
     for folder, array in (("i", data), ("g", labels)):
         (tmp_path / folder).mkdir()
         nib.save(nib.Nifti1Image(array, affine), tmp_path / folder / "v.nii.gz")
-    words = ["-i", str(tmp_path / "i/v.nii.gz"), "-g", str(tmp_path / "g/v.nii.gz"), "--modality", "CT", "--window", "40", "400"]
-    assert main(words + ["-o", str(tmp_path / "axial")]) == 0
-    case = read_case(tmp_path / "axial" / "3D_CT_v.npz", need_gts=True)
+    run("--modality", "CT", "--window", 40, 400)
+    case = case_of(tmp_path, "3D_CT_v")
     assert case.spacing.tolist() == pytest.approx([1, 0.8, 3]) and case.volume.shape == (9, 8, 10)
     # Slices run upward (file axis 1 reversed), rows backward (axis 0 reversed), columns leftward (axis 2 reversed).
     expected = data.transpose(1, 0, 2)[::-1, ::-1, ::-1]
     assert (case.volume == np.floor(np.clip((expected + 160) / 400, 0, 1) * 255 + 0.5)).mean() > 0.99
     assert case.boxes.tolist() == brute_boxes(case.gts) == [[2, 4, 4, 3, 6, 6]]
-    assert main(words + ["-o", str(tmp_path / "sagittal"), "--axis", "sagittal"]) == 0
-    assert read_case(tmp_path / "sagittal" / "3D_CT_v.npz").volume.shape == (10, 9, 8)
+    run("--modality", "MR", "--axis", "sagittal")
+    assert case_of(tmp_path, "3D_MR_v").volume.shape == (10, 9, 8)
 
 
-def test_bad_pairs_are_one_line_each_and_the_rest_goes_on(tmp_path, capsys):
+@pytest.mark.parametrize("values, kept", [
+    ((0, 1, 2, 255), (0, 1, 2)), ((0, 5, 15, 255), (0, 5, 15)), ((1, 2, 255), (1, 2)), ((0, 255), (0, 255)),
+    ((0, 128, 255), (0, 128, 255)), ((0, 85, 170, 255), (0, 85, 170, 255)), (range(256), range(256)),
+    ((*range(101), 255), range(101))], ids=lambda values: f"{len(values)}-{max(values)}")
+@pytest.mark.parametrize("kind", ["picture", "nifti"])
+def test_255_beside_small_labels_is_no_object(tmp_path, run, values, kept, kind):       # fault 23
+    labels = np.repeat(np.array(values, np.uint8), 6).reshape(2, -1)
+    if kind == "picture":
+        save(tmp_path / "i/a.png", labels)
+        save(tmp_path / "g/a.png", labels)
+    else:
+        nib = pytest.importorskip("nibabel")
+        for folder in "ig":
+            (tmp_path / folder).mkdir()
+            nib.save(nib.Nifti1Image(labels[None], np.eye(4)), tmp_path / folder / "a.nii")
+    out, err = run()
+    ignored = len(kept) < len(values)
+    assert f"with {len(kept) - (kept[0] == 0)} objects" in out
+    assert len(err) == ignored and all("255 beside labels up to" in line for line in err)
+
+
+def test_a_palette_mask_and_its_border_of_no_class(tmp_path, run):              # faults 23, 24
+    labels = scattered()
+    labels[20:22, 30:45] = 255
+    save(tmp_path / "i/a.png", labels)
+    (tmp_path / "g").mkdir()
+    save_label_picture(tmp_path / "g/a.png", labels)
+    assert "with 2 objects" in run()[0]
+    assert (case_of(tmp_path).gts == np.array([0, 0, 1] + [0] * 4 + [2] + [0] * 248)[labels]).all()
+
+
+@pytest.mark.parametrize("mask_orientation", [1, 6])
+def test_a_turned_image_beside_a_mask_is_said(tmp_path, run, mask_orientation):         # fault 27
+    (tmp_path / "g").mkdir(), (tmp_path / "i").mkdir()
+    square = np.zeros((40, 40), np.uint8)
+    square[5:15, 3:9] = 1
+    write_with_exif(tmp_path / "i/a.png", square * 200, 6)
+    write_with_exif(tmp_path / "g/a.png", square, mask_orientation)
+    _, err = run()
+    assert any("the image was turned as its EXIF orientation says, its mask was "
+               f"{'not' if mask_orientation == 1 else 'too'}" in line for line in err)
+    case = case_of(tmp_path)
+    assert (case.image[..., 0] > 0)[case.gts > 0].all() == (mask_orientation == 6)
+    write_with_exif(tmp_path / "g/a.png", square[:30], 1)
+    _, err = run(code=1)
+    assert "expected the image's size (40, 40), found (30, 40) (the image was turned" in err[0]
+
+
+def test_bad_pairs_are_one_line_each_and_the_rest_goes_on(tmp_path, run, monkeypatch):  # faults 14 and 41
     image = np.zeros((40, 50), np.uint8)
-    for name in ("good", "small", "lonely", "empty", "corrupt", "tiny"):
-        save_picture(tmp_path / f"i/{name}.png", image)
-    save_picture(tmp_path / "g/good.png", scattered())
-    save_picture(tmp_path / "g/small.png", scattered()[:, :40])
-    save_picture(tmp_path / "g/empty.png", image)
+    for name in ("good", "small", "lonely", "empty", "corrupt", "strange", "tiny"):
+        save(tmp_path / f"i/{name}.png", image)
+    for name in ("good", "strange"):
+        save(tmp_path / f"g/{name}.png", scattered())
+    save(tmp_path / "g/small.png", scattered()[:, :40])
+    save(tmp_path / "g/empty.png", image)
     image[5, 5] = 1
-    save_picture(tmp_path / "g/tiny.png", image)
+    save(tmp_path / "g/tiny.png", image)
     (tmp_path / "g/corrupt.png").write_bytes(b"hello")
     (tmp_path / "i/volume.nii").write_bytes(b"hello")
-    save_picture(tmp_path / "g/volume.png", image)
-    words = ["-i", str(tmp_path / "i"), "-g", str(tmp_path / "g"), "-o", str(tmp_path / "o"), "--modality", "US"]
-    assert main(words + ["--min-size", "2"]) == 1
-    out, err = capsys.readouterr()
-    lines = [line for line in err.splitlines() if not line.startswith("converting")]
-    assert [line.split(":")[0] for line in lines] == ["corrupt.png", "empty.png", "lonely.png", "small.png", "tiny.png", "volume.png"]
-    assert "found none" in lines[2] and "expected the image's size (40, 50), found (40, 40)" in lines[3]
-    assert "1 written" in out and "1 objects below --min-size dropped" in out and "2 images without objects" in out and "4 failed" in out
-    assert [p.name for p in list_cases(tmp_path / "o")] == ["2D_US_good.npz"]
+    save(tmp_path / "g/volume.png", image)
+    read = convert.load_picture
+
+    def load_picture(path, window):
+        if path.stem == "strange":
+            raise cv2.error("something\nunexpected\nover lines")
+        return read(path, window)
+
+    monkeypatch.setattr(convert, "load_picture", load_picture)
+    out, err = run("--min-size", 2, code=1)
+    names = ["corrupt.png", "empty.png", "lonely.png", "small.png", "strange.png", "tiny.png", "volume.png"]
+    assert [line.split(":")[0] for line in err] == names
+    assert "found none" in err[2] and "expected the image's size (40, 50), found (40, 40)" in err[3]
+    assert err[4] == "strange.png: something"
+    assert "1 written" in out and "1 objects below --min-size dropped" in out
+    assert "2 images without objects" in out and "5 failed" in out
+    assert [path.name for path in list_cases(tmp_path / "o")] == ["2D_US_good.npz"]
+
+
+def test_two_images_of_one_name_are_told_apart(tmp_path, run):
+    for name in ("i/p-a.png", "g/p-a.png", "i/p/a.png", "g/p/a.png"):
+        save(tmp_path / name, scattered())
+    out, err = run(code=1)
+    assert "1 written" in out and len(err) == 1 and "expected one image for 2D_US_p-a.npz, found" in err[0]
 
 
 @pytest.mark.parametrize("extra, words", [
     (["--modality", "C_T"], "--modality"), (["--modality", "CT", "--window", "liver"], "--window"),
-    (["--modality", "CT", "--margin", "-1"], "--min-size, --margin")])
-def test_bad_options_are_one_line(tmp_path, capsys, extra, words):
-    assert main(["-i", str(tmp_path), "-g", str(tmp_path), "-o", str(tmp_path), *extra]) == 1
-    err = capsys.readouterr().err
-    assert err.startswith(words) and err.count("\n") == 1
-
-
-def test_an_empty_folder_is_one_line(tmp_path, capsys):
-    assert main(["-i", str(tmp_path), "-g", str(tmp_path), "-o", str(tmp_path), "--modality", "CT"]) == 1
-    assert "found none" in capsys.readouterr().err
+    (["--modality", "CT", "--margin", "-1"], "--min-size, --margin"), (["--modality", "CT"], ".*found none")])
+def test_bad_options_and_empty_folders_are_one_line(run, tmp_path, extra, words):
+    (tmp_path / "i").mkdir()
+    _, err = run(*extra, code=1)
+    assert len(err) == 1 and __import__("re").match(words, err[0])
