@@ -12,7 +12,7 @@ import numpy as np
 
 from ..inference.names import PREFIX, patient_of
 from ..inference.npz import list_cases, read_header
-from ..show.progress import progress
+from ..show.progress import ProgressBar
 
 
 def scan_cases(folder, strict=False, need_masks=False):
@@ -45,7 +45,7 @@ def _each(function, items, label, strict):
             return None, error
 
     with ThreadPoolExecutor(4) as pool:
-        results = list(progress(pool.map(attempt, items), len(items), label))
+        results = list(ProgressBar(pool.map(attempt, items), len(items), label))
     for _, error in results:
         if error and strict:
             raise error

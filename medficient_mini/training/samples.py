@@ -13,9 +13,8 @@ import torch
 
 from ..files import whole_file
 from ..inference.geometry import to_network
-from ..inference.npz import Header as TrainCase  # noqa: F401
 from .augment import Objects, draw_augmented, photometric
-from .cases import balance_weights, list_slices, scan_cases, split_cases  # noqa: F401
+from .cases import scan_cases  # noqa: F401  (the name before, for tests/userfiles/test_user_files.py)
 from .volume_cache import file_key
 
 LOGITS_SIZE = 256  # side of the mask decoder's output, for every network
@@ -94,6 +93,7 @@ class SliceDataset(torch.utils.data.Dataset):
         self.size, self.resize, self.augment, self.photometric = size, resize, augment, photometric
         self.teacher_size, self.teacher_resize = teacher_size, teacher_resize
         self.embeddings, self.plain, self.in_use = embeddings, plain, in_use
+        self.distils = embeddings is not None or teacher_size is not None
         self.objects = Objects(max_boxes, mask_size, prompt_size or size, box_shift, box_jitter) if max_boxes else None
 
     def __len__(self):
@@ -111,16 +111,16 @@ class SliceDataset(torch.utils.data.Dataset):
         if labels is None or not self.objects:
             labels = np.zeros(image.shape[:2], np.uint8)
         is_labelled = labels.any()
-        distils = self.embeddings is not None or self.teacher_size is not None
-        is_plain = distils and (rng.random() < self.plain or self.embeddings and self.objects and not is_labelled)
+        is_plain = self.distils and (rng.random() < self.plain or self.embeddings and self.objects and not is_labelled)
         mode = "none" if is_plain else self.augment
         shown = photometric(image, rng) if self.photometric and not is_plain else image
-        in_use = self.in_use and case.is_3d and case.has_gts and (rng.random() < self.in_use or not is_labelled)
+        can_use = self.in_use and self.objects and case.is_3d and case.has_gts
+        in_use = can_use and (rng.random() < self.in_use or not is_labelled)
         if in_use and mode == "full":                                          # boxes of a volume cannot be rotated
             mode = "flips"
         moved, labels, flip = draw_augmented(shown, labels, rng, mode, max(self.size, self.teacher_size or 0))
         sample = {"image": to_network(moved, self.size, self.resize)}
-        if self.objects and in_use:
+        if in_use:
             boxes = np.array(self.cache.objects(case)[1], int).reshape(-1, 7)
             sample |= self.objects.draw_in_use(labels, rng, boxes, z, flip)
         elif self.objects:
@@ -133,16 +133,6 @@ class SliceDataset(torch.utils.data.Dataset):
             sample["has_embedding"] = torch.tensor(known is not None)
             sample["embedding"] = torch.zeros(256, 64, 64).half() if known is None else known
         return sample
-
-
-def DistillDataset(*arguments, flips=False, augment="none", **options):
-    """Make a SliceDataset as train_distill.py asks for it today."""
-    return SliceDataset(*arguments, augment="flips" if flips and augment == "none" else augment, **options)
-
-
-def FinetuneDataset(cases, slices, cache, size, resize, **options):
-    """Make a SliceDataset as train_finetune.py asks for it today."""
-    return SliceDataset(cases, slices, cache, size, resize, **{"max_boxes": 5, "mask_size": size} | options)
 
 
 # ------------------------------------------------------------------------------------------------ order and batches

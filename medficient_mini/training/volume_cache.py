@@ -30,9 +30,9 @@ def file_key(path) -> str:
 class SliceCache:
     """Images and labels of training cases by case (an npz.Header) and z, volumes through their unpacked copies.
 
-    `folder` holds at most `max_mb` MiB of them. Once that or the disk is full, the other volumes are read from their
-    NPZ files each time, as 2D images always are. Several processes may share the folder: a file appears whole or not
-    at all. Every method raises ValueError with one line if the NPZ file cannot be read.
+    `folder` holds about `max_mb` MiB of them at most. Once that or the disk is full, the other volumes are read from
+    their NPZ files each time, as 2D images always are. Several processes may share the folder: a file appears whole
+    or not at all. Every method raises ValueError with one line if the NPZ file cannot be read.
     """
 
     def __init__(self, folder, max_mb):

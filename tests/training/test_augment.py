@@ -28,7 +28,7 @@ def test_rotation_moves_image_and_labels_together(channels, limit):
     image = np.where(labels > 0, 200, 50).astype(np.uint8)
     image = np.repeat(image[..., None], 3, 2) if channels else image
     rotated = 0
-    for seed in range(10):
+    for seed in range(8):
         moved, moved_labels, flip = augment(image, labels, np.random.default_rng(seed), "full", limit)
         assert moved.dtype == np.uint8 and moved.shape == (*moved_labels.shape, *channels)
         assert moved.min() >= 50                                               # no new darkest value from outside
@@ -38,7 +38,7 @@ def test_rotation_moves_image_and_labels_together(channels, limit):
             rotated += 1
             assert max(moved.shape) == min(limit, 100)
             assert 0.5 * 0.64 < (moved_labels == 3).mean() / 0.125 < 1.6
-    assert 2 <= rotated <= 8
+    assert 2 <= rotated <= 7
 
 
 def test_what_moves_all_objects_away_is_drawn_again(monkeypatch):
@@ -59,34 +59,34 @@ def test_photometric_changes_values_alone(colour):
     image = np.tile(np.arange(40, 200, 4, dtype=np.uint8), (40, 1))
     image = np.stack([image, image[::-1].T, image.T] if colour else [image] * 3, axis=2)
     inverted = same = 0
-    for seed in range(60):
-        changed = photometric(image, np.random.default_rng(seed))
+    for seed in range(40):
+        with np.errstate(all="raise"):
+            changed = photometric(image, np.random.default_rng(seed))
         assert changed.dtype == np.uint8 and changed.shape == image.shape and changed.std() > 10
-        assert np.array_equal(changed, photometric(image, np.random.default_rng(seed)))
-        assert colour or (changed == changed[..., :1]).all()
         if not colour:
+            assert (changed == changed[..., :1]).all()
             assert np.array_equal(changed[..., 0], photometric(image[..., 0].copy(), np.random.default_rng(seed)))
         same += changed is image
         inverted += np.corrcoef(changed.ravel(), image.ravel())[0, 1] < 0
-    assert 8 <= same <= 30 and (inverted == 0 if colour else 1 <= inverted <= 12)
-    assert len(np.unique(photometric(image * 0 + 9, np.random.default_rng(1)))) < 200  # a constant image does no harm
+    assert 5 <= same <= 20 and (inverted == 0 if colour else 1 <= inverted <= 9)
 
 
-@pytest.mark.parametrize("shape", [(100, 200), (1000, 700), (1, 900), (900, 1), (100, 257), (3, 2)])
-@pytest.mark.parametrize("size", [32, 256])
-def test_masks_follow_the_image_and_never_vanish(shape, size):                 # fault 3
+@pytest.mark.parametrize("shape", [(300, 200), (1, 900), (900, 1), (100, 257), (3, 2)])
+def test_a_mask_of_one_pixel_never_vanishes(shape):                            # fault 3
     mask = np.zeros(shape, bool)
-    assert not mask_to_network(mask, size).any()
-    for column in range(0, shape[1], 7):                                       # a single pixel, wherever it lies
-        point = mask.copy()
-        point[shape[0] // 2, column] = True
-        assert mask_to_network(point, size).any()
-    mask[shape[0] // 5:4 * shape[0] // 5 + 1, shape[1] // 4:3 * shape[1] // 4 + 1] = True
-    small, scale = mask_to_network(mask, size), size / max(shape)
-    if min(shape) * scale >= 16:
-        assert small.dtype == np.uint8 and small.sum() == pytest.approx(mask.sum() * scale ** 2, rel=0.1)
-        rows = np.flatnonzero(small.any(1))
-        assert abs(rows[0] - shape[0] // 5 * scale) <= 1 and not small[round(shape[0] * scale):].any()
+    assert not mask_to_network(mask, 32).any()
+    for column in range(0, shape[1], 7):
+        mask[:], mask[shape[0] // 2, column] = False, True
+        assert mask_to_network(mask, 32).any() and mask_to_network(mask, 256).any()
+
+
+def test_a_mask_is_scaled_and_padded_as_its_image():
+    mask = np.zeros((100, 200), bool)
+    mask[20:60, 40:120] = True
+    small, expected = mask_to_network(mask, 64), np.zeros((64, 64), np.uint8)
+    expected[6:19, 13:38] = 1                                                  # rows 6.4 to 19.2, columns 12.8 to 38.4
+    assert small.dtype == np.uint8 and np.array_equal(small, expected)
+    assert mask_to_network(mask, 512).sum() == pytest.approx(mask.sum() * 2.56 ** 2, rel=0.03)
 
 
 def test_boxes_are_loosened_by_at_most_shift_and_jitter():

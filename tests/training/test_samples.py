@@ -86,18 +86,15 @@ def test_student_and_teacher_see_the_same_image(cases, cache):
 def test_samples_take_the_embeddings_that_are_there(cases, cache, tmp_path):
     def shares(index=IMAGE, **options):
         dataset = SliceDataset(cases, [(index, 0)], cache, 32, "bilinear", embeddings=tmp_path, **options)
-        samples = [dataset.sample(0, position, 0) for position in range(40)]
-        assert all(sample["embedding"].any() == sample["has_embedding"] for sample in samples)
-        return sum(bool(sample["has_embedding"]) for sample in samples) / 40
+        samples = [dataset.sample(0, position, 0) for position in range(20)]
+        assert all(sample["embedding"][0, 0, 0] == sample["has_embedding"] for sample in samples)
+        return sum(bool(sample["has_embedding"]) for sample in samples) / 20
 
-    assert shares(augment="flips") == 0
     for index in (IMAGE, BARE, EMPTY):
         save_embedding(embedding_path(tmp_path, cases[index], 0), torch.ones(256, 64, 64))
-    save_embedding(embedding_path(tmp_path, cases[IMAGE], 0, (True, False)), 2 * torch.ones(256, 64, 64))
-    assert shares() == 1 and 0.3 < shares(augment="flips") < 0.7               # two of the four flips
-    assert 0 < shares(augment="full") < 0.45                                   # half of those are rotated
-    assert 0.1 < shares(photometric=True) < 0.5                                # three of ten are left as they are
-    assert 0.5 < shares(augment="full", plain=0.5) < 0.9 and shares(augment="full", photometric=True, plain=1.0) == 1
+    assert 0 < shares(augment="flips") < 0.5                                   # one of the four flips
+    assert 0 < shares(photometric=True) < 0.6                                  # three of ten are left as they are
+    assert shares(augment="full", photometric=True, plain=1.0) == 1
     # Without a label there is no mask to learn, so with boxes such a slice is left as it is and has its target.
     assert shares(EMPTY, augment="full", max_boxes=1) == shares(BARE, augment="full", max_boxes=1) == 1
     path = embedding_path(tmp_path, cases[IMAGE], 0)
@@ -134,10 +131,9 @@ def test_sampler_covers_everything_and_resumes():
     assert Counter(i for _, _, i in EpochSampler(10, seed=1, samples_per_epoch=30)) == {i: 3 for i in range(10)}
 
 
-@pytest.mark.parametrize("weights", [None, np.arange(1, 12)])
-def test_ranks_together_are_one_process(weights):
-    whole = list(EpochSampler(11, seed=2, weights=weights, samples_per_epoch=12))
-    parts = [list(EpochSampler(11, seed=2, rank=r, world=2, weights=weights, samples_per_epoch=12)) for r in range(2)]
+def test_ranks_together_are_one_process_and_weights_count():
+    options = dict(seed=2, weights=np.arange(1, 12), samples_per_epoch=12)
+    whole, *parts = (list(EpochSampler(11, rank=r, world=w, **options)) for r, w in ((0, 1), (0, 2), (1, 2)))
     for start in range(0, 12, 4):                                              # global batches of 4, local ones of 2
         local = [key for part in parts for key in part[start // 2:start // 2 + 2]]
         assert sorted(local) == sorted(whole[start:start + 4])
@@ -145,9 +141,6 @@ def test_ranks_together_are_one_process(weights):
     assert len(odd[0]) == len(odd[1]) == len(list(odd[0])) == len(list(odd[1])) == 5
     with pytest.raises(ValueError, match="1 slices"):
         EpochSampler(1, seed=0, world=2)
-
-
-def test_weights_decide_how_often_a_slice_is_drawn():
     drawn = Counter(i for _, _, i in EpochSampler(3, seed=0, weights=np.array([4, 1, 0]), samples_per_epoch=5000))
     assert drawn[0] == pytest.approx(4000, abs=150) and drawn[0] + drawn[1] == 5000
 
