@@ -70,8 +70,6 @@ def case_scores(gts: np.ndarray, segs: np.ndarray, spacing_mm=None, tolerance_mm
     gts, segs = checked_labels("gts", gts), checked_labels("segs", segs)
     if gts.shape != segs.shape:
         raise ValueError(f"segs: expected the shape of gts, {gts.shape}, found {segs.shape}")
-    if gts.ndim == 3:
-        spacing_mm = checked_spacing(spacing_mm, 3)
     scores = []
     boxes = itertools.zip_longest(ndimage.find_objects(gts), ndimage.find_objects(segs))
     for label, (box, other) in enumerate(boxes, 1):

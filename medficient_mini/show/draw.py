@@ -68,12 +68,12 @@ def compare_row(image: np.ndarray, gts: np.ndarray, segs: np.ndarray, caption: s
     return np.vstack([strip, row])
 
 
-def curves(columns: dict[str, list[float]], xs: list[float], path, x_label: str = "step") -> None:
-    """Save a PNG with a panel for each column over the common axis `xs`, at most three in a row.
+def curves(columns: dict[str, list[float]], xs: list[float], path) -> None:
+    """Save a PNG with a panel for each column over the steps `xs`, at most three in a row.
 
     columns: name -> one number per entry of xs; NaN where there is none (the points beside it are joined).
     """
-    panels = [curve(name, np.asarray(xs), np.asarray(values, float), x_label) for name, values in columns.items()]
+    panels = [curve(name, np.asarray(xs), np.asarray(values, float)) for name, values in columns.items()]
     if panels:
         save_png(path, sheet(panels, min(3, len(panels))))
 
@@ -135,7 +135,7 @@ def write(picture, text: str, x: int, y: int, size: float, colour=WHITE, outline
             cv2.putText(picture, text, (x, y), FONT, size, ink, thickness, cv2.LINE_AA)
 
 
-def curve(name: str, xs, values, x_label: str) -> np.ndarray:
+def curve(name: str, xs, values) -> np.ndarray:
     """One panel of `curves`, (300, 520, 3): the line in a frame, its range above, that of the axis below."""
     picture = np.full((300, 520, 3), 255, np.uint8)
     cv2.rectangle(picture, (20, 40), (500, 260), BLACK, 1)
@@ -148,7 +148,7 @@ def curve(name: str, xs, values, x_label: str) -> np.ndarray:
         cv2.polylines(picture, [points], False, BLUE, 1, cv2.LINE_AA)
         cv2.circle(picture, points[-1].tolist(), 3, BLUE, -1, cv2.LINE_AA)
         name += f": {low:.4g} to {high:.4g}, at the end {values[known][-1]:.4g}"
-        write(picture, f"{x_label} {xs[0]:g} to {xs[-1]:g}", 20, 280, 0.42, BLACK, outline=None)
+        write(picture, f"step {xs[0]} to {xs[-1]}", 20, 280, 0.42, BLACK, outline=None)
     write(picture, name, 20, 26, 0.5, BLACK, outline=None)
     return picture
 

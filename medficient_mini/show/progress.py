@@ -18,7 +18,7 @@ class ProgressBar:
 
     def __init__(self, iterable, total: int | None = None, label: str = ""):
         self.iterable, self.total, self.label, self.suffix = iterable, total, label, ""
-        self.done, self.width = 0, 0
+        self.done = self.reported = self.width = 0
 
     def set(self, text: str) -> None:
         """Change the text at the line's end (a loss, a file name); it shows with the next report."""
@@ -38,7 +38,7 @@ class ProgressBar:
                 if time.monotonic() - self.last >= (REDRAW_SECONDS if sys.stderr.isatty() else LINE_SECONDS):
                     self._report("" if sys.stderr.isatty() else "\n")
         finally:
-            if self.done:
+            if self.done > self.reported or self.done and sys.stderr.isatty():
                 self._report("\n")
 
     def _report(self, end: str) -> None:
@@ -54,7 +54,7 @@ class ProgressBar:
         # On a terminal blanks wipe what a longer line before left there.
         sys.stderr.write(("\r" + line.ljust(self.width) if sys.stderr.isatty() else line) + end)
         sys.stderr.flush()
-        self.width = len(line)
+        self.width, self.reported = len(line), self.done
 
 
 progress = ProgressBar               # the name before

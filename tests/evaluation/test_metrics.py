@@ -185,9 +185,9 @@ def test_case_conventions():
     (np.zeros((4, 4), int), np.zeros((4, 4)), None, "segs: expected integer labels .* found float64"),
     (np.full((4, 4), -1), np.zeros((4, 4), int), None, "gts: expected labels 0 to 65535, found -1 to 0"),
     (np.full((4, 4), 70000), np.zeros((4, 4), int), None, "gts: expected labels 0 to 65535, found 0 to 70000"),
-    (np.zeros((2, 4, 4), int), np.zeros((2, 4, 4), int), None, "spacing: expected 3 positive numbers .* found None"),
-    (np.zeros((2, 4, 4), int), np.zeros((2, 4, 4), int), (1, 0, 1), "spacing: expected 3 positive numbers"),
-    (np.zeros((2, 4, 4), int), np.zeros((2, 4, 4), int), np.ones((9, 40)), "spacing: expected 3 positive numbers"),
+    (np.ones((2, 4, 4), int), np.zeros((2, 4, 4), int), None, "spacing: expected 3 positive numbers .* found None"),
+    (np.ones((2, 4, 4), int), np.zeros((2, 4, 4), int), (1, 0, 1), "spacing: expected 3 positive numbers"),
+    (np.ones((2, 4, 4), int), np.zeros((2, 4, 4), int), np.ones((9, 40)), "spacing: expected 3 positive numbers"),
 ])
 def test_bad_cases_are_refused_in_one_line(gts, segs, spacing, words):
     with pytest.raises(ValueError, match=words) as error:

@@ -23,6 +23,13 @@ def test_log_gets_one_line_at_the_end(monkeypatch):
     assert len(lines) == 1 and lines[0].startswith("reading 3/3 (100%)") and lines[0].endswith("last c")
 
 
+def test_log_tells_each_state_once(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Screen(False))
+    monkeypatch.setattr("medficient_mini.show.progress.LINE_SECONDS", 0)
+    assert list(ProgressBar("ab", 2)) == ["a", "b"]
+    assert [line.split()[0] for line in sys.stderr.getvalue().splitlines()] == ["1/2", "2/2"]
+
+
 def test_terminal_is_redrawn_and_a_shorter_line_wipes_a_longer(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Screen(True))
     monkeypatch.setattr("medficient_mini.show.progress.REDRAW_SECONDS", 0)
