@@ -4,7 +4,9 @@
 - The longest side is scaled to the network's input size, the rest padded with zeros on the right and at the bottom.
 - Boxes and points stay floating point, are scaled with the image, and the prompt encoder adds SAM's half pixel.
 - Logits come back at 256×256 for the padded square: enlarged to the network's size, cropped, resized to the image
-  (MedficientSAM, section 2.2).
+  (SAM's `postprocess_masks`; MedficientSAM, section 2.2).
+
+`height` and `width` are always the image's, in pixels, and `size` is the side of the network's input.
 """
 from functools import lru_cache
 
@@ -15,18 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 INTERPOLATION = {"bilinear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA}
+Region = tuple[slice, slice]         # rows and columns of an image
 
 
 def scaled_size(height: int, width: int, size: int) -> tuple[int, int]:
-    """Height and width after the longest side was brought to `size`, rounded half up, at least one pixel."""
+    """Return height and width after the longest side was brought to `size`, rounded half up, at least one pixel."""
     scale = size / max(height, width)
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 def to_network(image: np.ndarray, size: int, resize: str = "bilinear") -> Tensor:
-    """uint8 (H, W) or (H, W, 3) RGB -> float32 (3, size, size) in [0, 1].
+    """Turn an image, uint8 (H, W) or (H, W, 3) RGB, into a network's input, float32 (3, size, size) in [0, 1].
 
-    Resized on uint8 without antialiasing ("bilinear": MedficientSAM, MedSAM) or by area averaging ("area":
+    It is resized as uint8 without antialiasing ("bilinear": MedficientSAM, MedSAM) or by area averaging ("area":
     LiteMedSAM), then min-max normalised over the whole image, then padded with zeros.
     """
     height, width = scaled_size(*image.shape[:2], size)
@@ -39,54 +42,62 @@ def to_network(image: np.ndarray, size: int, resize: str = "bilinear") -> Tensor
 
 
 def boxes_to_network(boxes: np.ndarray, height: int, width: int, size: int) -> Tensor:
-    """(N, 4) boxes, or (N, 2) points, in pixels of the (height, width) image -> float32 in network pixels."""
+    """Scale boxes (..., 4) or points (..., 2) from pixels of the image to float32 pixels of the network's input."""
     new_height, new_width = scaled_size(height, width, size)
     boxes = np.asarray(boxes, np.float64)
     scale = np.array([new_width / width, new_height / height] * (boxes.shape[-1] // 2))
     return torch.from_numpy((boxes * scale).astype(np.float32))
 
 
-@lru_cache(maxsize=64)
-def enlargement(length: int, scaled: int, size: int) -> Tensor:
-    """(length, 256): what one axis of the logits undergoes, 256 -> size, crop to `scaled`, -> length, as a matrix.
+def postprocess_masks(logits: Tensor, height: int, width: int, size: int) -> Tensor:
+    """Enlarge logits (N, C, 256, 256) to the image, (N, C, height, width): the definition, as SAM has it.
 
-    Both steps are bilinear and act on rows and columns alike, so the whole way is rows @ logits @ columns.T.
+    `enlarged_logits` computes the same up to rounding, but only where it is wanted.
     """
-    steps = F.interpolate(torch.eye(256)[None], size, mode="linear", align_corners=False)[..., :scaled]
-    return F.interpolate(steps, length, mode="linear", align_corners=False)[0].T.contiguous()
-
-
-def enlarged_logits(logits: Tensor, height: int, width: int, size: int, region: tuple[slice, slice]) -> np.ndarray:
-    """One object's logits (256, 256) -> float32 logits of the pixels of `region` (rows, columns) of the image."""
     new_height, new_width = scaled_size(height, width, size)
-    rows, columns = enlargement(height, new_height, size)[region[0]], enlargement(width, new_width, size)[region[1]]
-    return (rows @ logits.float().cpu() @ columns.T).numpy()
+    logits = F.interpolate(logits, (size, size), mode="bilinear", align_corners=False)
+    logits = logits[..., :new_height, :new_width]
+    return F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
+
+
+@lru_cache(maxsize=2)                # 8 MB for 4000×4000 pixels; all slices of a volume share one pair
+def enlargement(height: int, width: int, size: int) -> tuple[Tensor, Tensor]:
+    """Return `postprocess_masks` as two matrices, rows (height, 256) and columns (width, 256).
+
+    Its steps are linear and act on rows and columns alike, so the enlarged logits are rows @ logits @ columns.T.
+    """
+    steps = F.interpolate(torch.eye(256)[None], size, mode="linear", align_corners=False)
+    rows, columns = (F.interpolate(steps[..., :scaled], length, mode="linear", align_corners=False)[0].T.contiguous()
+                     for scaled, length in zip(scaled_size(height, width, size), (height, width)))
+    return rows, columns
+
+
+def enlarged_logits(logits: Tensor, height: int, width: int, size: int, region: Region) -> np.ndarray:
+    """Enlarge the logits (256, 256) of one object in a region of the image alone; float32."""
+    rows, columns = enlargement(height, width, size)
+    return (rows[region[0]] @ logits.float().cpu() @ columns[region[1]].T).numpy()
+
+
+def reached_region(logits: Tensor, height: int, width: int, size: int) -> Region:
+    """Return the smallest region of the image outside of which no positive logit of (256, 256) has any influence."""
+    spans = []
+    for matrix, axis in zip(enlargement(height, width, size), (1, 0)):
+        hit = (matrix[:, (logits > 0).any(axis).cpu()] > 0).any(1).nonzero().flatten().tolist()
+        spans.append(slice(hit[0], hit[-1] + 1) if hit else slice(0, 0))
+    return tuple(spans)
 
 
 def logits_to_mask(logits: Tensor, height: int, width: int, size: int) -> np.ndarray:
-    """(N, 256, 256) logits -> (N, height, width) bool: inside where the enlarged logit is above 0.
-
-    Only the rows and columns that a positive logit reaches are computed, one mask at a time: full-size logits of
-    all masks are never held.
-    """
-    new_height, new_width = scaled_size(height, width, size)
-    rows, columns = enlargement(height, new_height, size), enlargement(width, new_width, size)
+    """Turn logits (N, 256, 256) into masks (N, height, width) bool: inside where the enlarged logit is above 0."""
     masks = np.zeros((len(logits), height, width), bool)
-    for mask, one in zip(masks, logits.float().cpu()):
-        positive = one > 0
-        r, c = reached(rows, positive.any(1)), reached(columns, positive.any(0))
-        mask[r, c] = enlarged_logits(one, height, width, size, (r, c)) > 0
+    for mask, one in zip(masks, logits):
+        region = reached_region(one, height, width, size)
+        mask[region] = enlarged_logits(one, height, width, size, region) > 0
     return masks
 
 
-def reached(matrix: Tensor, source: Tensor) -> slice:
-    """The range of rows of `matrix` that draw on any entry of the bool vector `source`."""
-    hit = (matrix[:, source] > 0).any(1).nonzero()[:, 0]
-    return slice(int(hit[0]), int(hit[-1]) + 1) if len(hit) else slice(0, 0)
-
-
 def box_of_mask(mask: np.ndarray) -> np.ndarray | None:
-    """Tight box x0 y0 x1 y1 (inclusive) of a (H, W) mask as float64, None where it is empty."""
+    """Return the tight box x0 y0 x1 y1 (inclusive) of a mask (H, W) as float64, None where it is empty."""
     columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
     if not len(rows):
         return None
