@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import first_line
+from ..files import first_line, list_files
 from ..inference.npz import write_npz
 from ..show.progress import ProgressBar
 from .labels import load_label_picture
 from .nifti import AXES, load_label_nifti, load_nifti
-from .pictures import TURNED, WINDOWS, is_nifti, list_files, load_picture, parse_window, stem_of
+from .pictures import PICTURES, TURNED, VOLUMES, WINDOWS, is_nifti, load_picture, parse_window, stem_of
 
 MASK_ENDING = re.compile(r"[-_. ]+(mask|masks|seg|segmentation|label|labels|gt)$", re.IGNORECASE)
 
@@ -54,7 +54,7 @@ def pair_files(images: Path, masks: Path) -> list[tuple[Path, list[Path]]]:
     Raises:
         ValueError: a folder has no files.
     """
-    image_files, mask_files = list_files(images), list_files(masks)
+    image_files, mask_files = (list_files(path, PICTURES + VOLUMES) for path in (images, masks))
     if images.is_file() and masks.is_file():
         return [(images, mask_files)]
     if images.resolve() == masks.resolve():

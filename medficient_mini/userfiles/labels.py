@@ -98,6 +98,8 @@ def whole_numbers(array: np.ndarray, name: str) -> np.ndarray:
     Raises:
         ValueError: one is not whole, negative, above 65535 or not finite.
     """
+    if array.dtype in (np.uint8, np.uint16):
+        return array.astype(np.uint16)
     numbers = array.astype(np.float64)
     labels = np.rint(numbers)
     wrong = ~np.isclose(numbers, labels, rtol=0, atol=1e-3) | (labels < 0) | (labels > 65535)

@@ -6,6 +6,7 @@ import os
 import re
 import struct
 import tempfile
+import threading
 import zlib
 from pathlib import Path
 
@@ -23,6 +24,8 @@ SAMPLE = 1 << 23                     # numbers that percentiles are taken from; 
 PHOTOMETRIC, ORIENTATION = 262, 274  # the TIFF fields that are looked at; EXIF has the second one too
 INVERTED, PALETTE = 0, 3             # values of PHOTOMETRIC: zero is white; numbers are indices of colours
 PNG, JPEG = b"\x89PNG", b"\xff\xd8"   # first bytes, which say more than a file's name
+COMPLAINT = re.compile(rb".*(Corrupt JPEG|Premature end of JPEG|libpng (error|warning)|(WARN|ERROR):\d).*\n*")
+ONE_AT_A_TIME = threading.Lock()     # a process has one standard error
 TURNED = "turned as its EXIF orientation says"
 
 
@@ -38,37 +41,6 @@ def stem_of(path) -> str:
         if name.lower().endswith(suffix):
             return name[:-len(suffix)]
     return name
-
-
-def list_files(path, suffixes=PICTURES + VOLUMES) -> list[Path]:
-    """List the files with these endings in a folder and its subfolders, sorted, or the one file that `path` is.
-
-    Linked subfolders are followed, each folder once, so that a link to a folder above makes no loop.
-
-    Raises:
-        ValueError: there is no such file or folder, a folder may not be read, or none of its files has the ending.
-    """
-    path = Path(path)
-    wanted = ", ".join(suffixes)
-    if path.is_file():
-        if not path.name.lower().endswith(suffixes):
-            raise ValueError(f"{path}: expected a folder or a file that ends in {wanted}")
-        return [path]
-
-    def refuse(error):
-        raise ValueError(f"{error.filename}: expected a folder or a file that can be read, found: {error.strerror}")
-
-    found, visited = [], set()
-    for folder, subfolders, names in os.walk(path, onerror=refuse, followlinks=True):
-        if os.path.realpath(folder) in visited:
-            subfolders.clear()
-            continue
-        visited.add(os.path.realpath(folder))
-        subfolders.sort()
-        found += [Path(folder, name) for name in names if name.lower().endswith(suffixes) and name[0] != "."]
-    if not found:
-        raise ValueError(f"{path}: expected files that end in {wanted} in this folder, found none")
-    return sorted(found)
 
 
 # --------------------------------------------------------------------------------------------------- intensities
@@ -161,7 +133,7 @@ def decode(data: bytes, path: Path) -> tuple[np.ndarray, str | None]:
     if pixels is None:
         raise ValueError(f"{path.name}: file: expected a PNG, JPEG, TIFF or BMP picture, found damaged or other data")
     # A JPEG ends with the marker FF D9. One before the last FF DA, the start of a scan, is a thumbnail's.
-    damage = re.search(rb"(Corrupt JPEG|Premature end)[^\n]*", complaints)
+    damage = re.search(rb"(Corrupt|Premature end of) JPEG.*", complaints)
     if damage or data.startswith(JPEG) and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
         raise ValueError(f"{path.name}: file: expected a whole JPEG picture, found a damaged one"
                          + (f" ({damage[0].decode()})" if damage else ""))
@@ -212,13 +184,14 @@ def read_bytes(path: Path) -> bytes:
 
 
 def quietly(function, *arguments) -> tuple[object, bytes]:
-    """Call a function of OpenCV; give what it returns, None for an error, and what it wrote on standard error.
+    """Call a function of OpenCV; give what it returns, None for an error, and its libraries' words on standard error.
 
-    The JPEG library says nowhere else that it had to guess pixels; and a user is to see our one line instead.
+    The JPEG library says nowhere else that it had to guess pixels; and a user is to see our one line instead. What
+    other threads write on standard error meanwhile comes through afterwards.
     """
-    with tempfile.TemporaryFile() as complaints:
+    with ONE_AT_A_TIME, tempfile.TemporaryFile() as written:
         stderr = os.dup(2)
-        os.dup2(complaints.fileno(), 2)
+        os.dup2(written.fileno(), 2)
         try:
             result = function(*arguments)
         except cv2.error:
@@ -226,8 +199,10 @@ def quietly(function, *arguments) -> tuple[object, bytes]:
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
-        complaints.seek(0)
-        return result, complaints.read()
+        written.seek(0)
+        text = written.read()
+        os.write(2, COMPLAINT.sub(b"", text))
+    return result, text
 
 
 def save_label_picture(path, segs: np.ndarray) -> None:
