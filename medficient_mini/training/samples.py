@@ -37,8 +37,9 @@ def save_embedding(path, embedding):
         with whole_file(path) as temporary:
             np.save(temporary, torch.as_tensor(embedding).half().numpy(force=True))
     except OSError as error:
-        raise ValueError(f"{path}: could not be written ({error.strerror or error}); make room, then the same command "
-                         "goes on with the embeddings that are missing (a run that has trained: with --resume)") from None
+        raise ValueError(f"{path}: could not be written ({error.strerror or error}); make room, then the same "
+                         "command goes on with the embeddings that are missing (a run that has trained: with "
+                         "--resume)") from None
 
 
 def load_embedding(path):
@@ -111,7 +112,9 @@ class SliceDataset(torch.utils.data.Dataset):
         if labels is None or not self.objects:
             labels = np.zeros(image.shape[:2], np.uint8)
         is_labelled = labels.any()
-        is_plain = self.distils and (rng.random() < self.plain or self.embeddings and self.objects and not is_labelled)
+        # Moved, a slice without labels would have neither a mask nor an embedding to learn from.
+        must_stay = self.embeddings and self.objects and not is_labelled
+        is_plain = self.distils and (rng.random() < self.plain or must_stay)
         mode = "none" if is_plain else self.augment
         shown = photometric(image, rng) if self.photometric and not is_plain else image
         can_use = self.in_use and self.objects and case.is_3d and case.has_gts

@@ -68,8 +68,8 @@ def test_split_is_by_patient_and_deterministic():
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 1.0])
 def test_every_modality_of_two_patients_is_on_both_sides(fraction):            # fault 5
-    cases = headers("2D_CT_a_1", "2D_CT_a_2", "2D_US_b_1", "2D_US_b_2", "2D_US_b_3", "2D_OCT_c_1", "3D_MR_d_1", "3D_PET_d_1",
-                    "3D_MR_d_2", "3D_PET_d_3")
+    cases = headers("2D_CT_a_1", "2D_CT_a_2", "2D_US_b_1", "2D_US_b_2", "2D_US_b_3", "2D_OCT_c_1", "3D_MR_d_1",
+                    "3D_PET_d_1", "3D_MR_d_2", "3D_PET_d_3")
     sides = [{case.modality for case in side} for side in split_cases(cases, fraction, seed=0)]
     assert sides == [{"CT", "US", "OCT", "MR", "PET"}, {"CT", "US", "MR", "PET"}]
     for few in (headers("2D_CT_1", "2D_US_2"), headers("2D_US_q_S01-1", "2D_US_q_S01-2")):

@@ -39,7 +39,8 @@ def same(a, b):
 def test_samples_depend_on_seed_epoch_and_position_alone(cases, cache):
     slices = with_neighbours(cases, list_slices(cases, cache, True))
     options = dict(augment="full", max_boxes=2, mask_size=32, in_use=0.5, photometric=True)
-    first, again, other = (SliceDataset(cases, slices, cache, 32, "bilinear", seed=seed, **options) for seed in (1, 1, 2))
+    first, again, other = (SliceDataset(cases, slices, cache, 32, "bilinear", seed=seed, **options)
+                           for seed in (1, 1, 2))
     assert all(same(first.sample(e, p, p % 6), again.sample(e, p, p % 6)) for e in range(2) for p in range(12))
     assert not all(same(first.sample(0, p, 0), first.sample(1, p, 0)) for p in range(6))
     assert not all(same(first.sample(0, p, 0), other.sample(0, p, 0)) for p in range(6))
