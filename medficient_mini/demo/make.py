@@ -94,7 +94,8 @@ def draw(name: str) -> dict[str, np.ndarray]:
 
 def main(argv=None) -> int:
     """Write the cases into the folder that the first argument names, else beside this file."""
-    folder = Path(*(sys.argv[1:] if argv is None else argv) or [Path(__file__).parent])
+    arguments = sys.argv[1:] if argv is None else argv
+    folder = Path(arguments[0] if arguments else Path(__file__).parent)
     folder.mkdir(parents=True, exist_ok=True)
     for name in CASES:
         np.savez_compressed(folder / f"{name}.npz", **draw(name))
