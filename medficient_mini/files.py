@@ -63,3 +63,17 @@ def whole_file(path):
 def first_line(error) -> str:
     """Return the first line of an error's message, its type where it has none: what a user is shown."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def stray_kind(path) -> str:
+    """Tell what a file is that never arrived: empty, a web page, or git-lfs's pointer to it; "" for any other."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64).lstrip()
+    except OSError:
+        return ""
+    if start.startswith(b"<"):
+        return "a web page: download the file again"
+    if start.startswith(b"version https://git-lfs"):
+        return "the pointer that git-lfs keeps in the file's place: fetch it with `git lfs pull`"
+    return "" if start else "an empty file"

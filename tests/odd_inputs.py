@@ -150,6 +150,7 @@ def wrong_headers():
         "2D_CT_file-empty.npz": b"",
         "2D_CT_file-text.npz": b"imgs,boxes\n1,2\n",
         "2D_CT_file-page.npz": b"<!DOCTYPE html><html><body>404</body></html>",
+        "2D_CT_file-pointer.npz": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
         "2D_CT_file-cut.npz": packed(**image())[:-300],
         "2D_CT_file-one-array.npz": announced((H, W), body=grey.tobytes()),
     }

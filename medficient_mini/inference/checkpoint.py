@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files import first_line, whole_file
+from ..files import first_line, stray_kind, whole_file
 from ..machine import return_memory
 from ..nets.sam import NETWORKS, Sam, build_sam
 from .packing import State, expand_state
@@ -73,24 +73,14 @@ class _Ignored:
 def read_torch(path):
     """Read a file of `torch.save` without running code. ValueError, one line, that says what else the file is."""
     try:
-        with open(path, "rb") as file:
-            start = file.read(64).lstrip()
         with torch.serialization.safe_globals([(_Ignored, name) for name in BESIDE_TENSORS]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        found = error.strerror or error
     except Exception as error:       # torch raises many kinds here; the user needs the file's name and one reason
-        if not start:
-            found = "an empty file"
-        elif start.startswith(b"<"):
-            found = "a web page: download the file again"
-        elif start.startswith(b"version https://git-lfs"):
-            found = "the pointer that git-lfs keeps in the file's place: fetch it with `git lfs pull`"
-        elif code := re.search(r"GLOBAL (\S+)", str(error)):
+        reason = first_line(str(error).rpartition("error: ")[2])
+        found = stray_kind(path) or f"another or damaged file ({reason[:120]})"
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
             found = (f"pickled code ({code[1]}), which is never run; where the file was made, save its tensors alone: "
                      "torch.save(model.state_dict(), FILE)")
-        else:
-            found = f"another or damaged file ({first_line(str(error).rpartition('error: ')[2])[:120]})"
     raise ValueError(f"{path}: weights: expected a PyTorch checkpoint, found {found}")
 
 

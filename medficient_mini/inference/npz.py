@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import first_line, list_files, whole_file
+from ..files import first_line, list_files, stray_kind, whole_file
 from .boxes import FieldError, as_text, check_boxes, check_columns, check_points  # noqa: F401 (check_points for others)
 
 FIELDS = ("imgs", "boxes", "gts", "spacing", "segs")                # whatever else a file holds is not looked at
@@ -175,8 +175,8 @@ def _open(path: Path, *needed: str):
     except FieldError as error:
         raise ValueError(f"{path.name}: {error}") from None
     except Exception as error:               # zipfile, zlib and numpy raise a dozen kinds for damage
-        raise ValueError(f"{path.name}: file: expected a whole NPZ archive, found it unreadable "
-                         f"({first_line(error)})") from None
+        reason = stray_kind(path) or f"it unreadable ({first_line(error)})"
+        raise ValueError(f"{path.name}: file: expected a whole NPZ archive, found {reason}") from None
 
 
 class _Array:

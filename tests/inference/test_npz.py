@@ -84,6 +84,12 @@ def test_whichever_byte_is_damaged_the_answer_is_one_line_or_the_same_case(tmp_p
     assert "unreadable" in error_of(read_case, tmp_path)
 
 
+# The brother of fault 39.
+def test_files_that_never_arrived_are_called_what_they_are(corpus):
+    for name, words in {"empty": "an empty file", "page": "a web page", "pointer": "git lfs pull"}.items():
+        assert words in error_of(read_header, corpus / f"2D_CT_file-{name}.npz")
+
+
 # --------------------------------------------------------------------------------------------------------- pixels
 
 def test_an_image_and_a_volume_come_back_as_they_are(tmp_path):
