@@ -1,16 +1,24 @@
-"""The EfficientViT encoder with 8-bit convolutions: unsigned 8-bit activations times signed 8-bit weights.
+"""8-bit convolutions for the EfficientViT encoders: calibrated on a few images, converted, and run.
 
-Inside a block (ResBlock excepted: the stem stays in float) everything is 8 bit: the block's input is quantized, each
-convolution writes 8-bit numbers, GELU is a table of their 256 values, the last convolution writes float32 and adds
-the residual. The stream between the blocks, linear attention, the neck's 1×1 layers and all norms stay in float.
+    python -m medficient_mini.cpu.int8 -w weights.pth -i cases -o weights_int8.pth
+
+The file written is a quarter of the float one, serves every precision (it expands to float32) and is what
+`--precision int8` asks for. A few dozen images, dealt evenly over the modalities, are enough.
+
+Inside the MBConv and fused MBConv blocks everything has 8 bits: the block's input is rounded to unsigned codes, each
+convolution (signed 8-bit weights) writes codes, GELU is a table of their 256 values, and the last convolution writes
+float32 and adds the residual. What flows between the blocks and every other layer stay in float.
 
 Images differ in the size of their activations by a factor of thirty (colour against grey), so no fixed range serves
-all. Each block therefore measures the largest absolute value m of its input, and the ranges inside it are multiples
-of m. `calibration` (made by quantize.py, saved with the weights) holds these multiples for each block, by its name in
-the state dict: `<block>.input` (1,), the input's range being ±that, and `<block>.<layer>` (lowest, highest) before
-each GELU.
+all. Each block therefore measures the largest absolute value m of its input, and its ranges are multiples of m. These
+multiples are the calibration, saved beside the weights under the block's name in the state dict: `<block>.input` (1,),
+the input's range being ± that, and `<block>.<layer>` (2,), the lowest and highest value before each GELU.
 """
+import argparse
 import math
+import sys
+from itertools import zip_longest
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -18,101 +26,121 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .fast import Chain, FastEfficientViT, fold
-from ..nets.efficientvit import EfficientViTSam, FusedMBConv, MBConv
-from ..inference.packing import quantize_rows
+from ..files import first_line
+from ..inference.checkpoint import atomic_torch_save, load_model, resolve
+from ..inference.geometry import to_network
+from ..inference.npz import list_cases, modality_of, read_case
+from ..inference.packing import pack_state, quantize_rows
+from ..nets.efficientvit import ConvLayer, EfficientViTSam, FusedMBConv, MBConv, Residual
+from ..show.progress import ProgressBar
+from .convolutions import fold
 
 LOWEST = -4.0                        # GELU of less is 0 (to 1e-4), so a code for it would be wasted
 GELU_MIN = -0.1701                   # the least value of GELU
+SAMPLES, BINS = 16384, 512           # values looked at of each activation map, and the bins that count them
+FRACTIONS = np.linspace(1.0, 0.2, 17)          # candidate clipping points, as fractions of the extremes
+Scale = tuple[float, int]            # step and zero of codes: value = (code - zero) · step
 
+
+# ---------------------------------------------------------------------------------------------------- codes and GELU
 
 def gelu(x: np.ndarray) -> np.ndarray:
-    """The tanh formula, as in nets/efficientvit.py."""
+    """GELU by the tanh formula, as nets/efficientvit.py has it."""
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def step_and_zero(lowest: float, highest: float) -> tuple[float, int]:
-    """Scale and zero point of unsigned 8 bit over a range that is widened to hold 0."""
+def scale_of(lowest: float, highest: float) -> Scale:
+    """Step and zero of 256 codes over a range, which is widened to hold 0."""
     lowest, highest = min(lowest, 0.0), max(highest, 1e-6)
     step = (highest - lowest) / 255
     return step, round(-lowest / step)
 
 
-def gelu_table(step: float, zero: int) -> tuple[np.ndarray, tuple[float, int]]:
-    """Codes with (step, zero) -> codes of their GELU: (256,) uint8, and the step and zero of these."""
+def gelu_table(step: float, zero: int) -> tuple[np.ndarray, Scale]:
+    """The codes of GELU for each of the 256 codes of a scale: (256,) uint8, and the scale of the result."""
     values = gelu((np.arange(256) - zero) * step)
-    after = step_and_zero(GELU_MIN, values[-1])
+    after = scale_of(GELU_MIN, values[-1])
     return np.clip(np.round(values / after[0]) + after[1], 0, 255).astype(np.uint8), after
 
 
 def as_rows(x: Tensor) -> np.ndarray:
-    """Channels-last (B, C, H, W) -> its memory as a numpy matrix (B·H, W·C)."""
+    """A map (B, C, H, W) as a matrix (B·H, W·C) for OpenCV: its own memory if channels-last, else a copy."""
     B, C, H, W = x.shape
     return x.permute(0, 2, 3, 1).reshape(B * H, W * C).numpy()
 
 
-def largest(x: Tensor) -> float:
-    """The largest absolute value of a channels-last map, never 0."""
-    return max(cv2.norm(as_rows(x), cv2.NORM_INF), 1e-6)
+def as_map(rows: np.ndarray, shape: torch.Size) -> Tensor:
+    """The inverse of `as_rows`, without a copy: a channels-last map of `shape` (B, C, H, W)."""
+    B, C, H, W = shape
+    return torch.from_numpy(rows).reshape(B, H, W, C).permute(0, 3, 1, 2)
 
 
 def quantize(x: Tensor, step: float, zero: int) -> Tensor:
-    """float32 channels-last -> uint8 channels-last, rounded and saturated in one pass."""
-    B, C, H, W = x.shape
+    """A float32 map (B, C, H, W) -> its codes, uint8 of the same shape, rounded and saturated in one pass."""
     rows = as_rows(x)
-    codes = cv2.addWeighted(rows, 1 / step, rows, 0.0, float(zero), dtype=cv2.CV_8U)
-    return torch.from_numpy(codes).reshape(B, H, W, C).permute(0, 3, 1, 2)
+    return as_map(cv2.addWeighted(rows, 1 / step, rows, 0.0, float(zero), dtype=cv2.CV_8U), x.shape)
 
+
+# -------------------------------------------------------------------------------------------------- what is run
 
 class QuantizedConv(nn.Module):
-    """One convolution on codes. `side`: of the input it is packed for."""
+    """One convolution (with its batch norm) on codes."""
 
-    def __init__(self, layer, side: int):
+    def __init__(self, layer: ConvLayer):
         super().__init__()
-        weight, self.bias = fold(layer)
-        conv, (integers, self.scales) = layer.conv, quantize_rows(weight, torch.ones(1))     # finds the stored integers
-        self.geometry = (list(conv.stride), list(conv.padding), [1, 1], conv.groups)
-        self.zeros = torch.zeros(len(weight), dtype=torch.int32)
-        self.weight = torch.ops.onednn.qconv_prepack(
-            integers, self.scales, 1.0, 0, *self.geometry, [1, conv.in_channels, side, side])
+        conv = fold(layer.conv, layer.norm)
+        self.bias, self.geometry = conv.bias.detach(), (list(conv.stride), list(conv.padding), [1, 1], conv.groups)
+        # One candidate, no clipping: weights that were packed in 8 bits give their stored integers again.
+        self.weight, self.scales = quantize_rows(conv.weight.detach(), torch.ones(1))
+        self.zeros = torch.zeros(len(self.bias), dtype=torch.int32)
 
-    def forward(self, x: Tensor, source: tuple[float, int], target: tuple[float, int] | None = None,
-                residual: Tensor | None = None) -> Tensor:
-        """Codes with (step, zero) `source` -> codes with `target`, or float32, added to `residual`, where it is None."""
-        inputs = (x, *source, self.weight, self.scales, self.zeros)
+    def forward(self, x: Tensor, source: Scale, target: Scale | None = None, residual: Tensor | None = None) -> Tensor:
+        """Convolve codes.
+
+        Args:
+            x: codes (B, inputs, H, W) uint8, channels-last, of scale `source`.
+            target: scale of the codes to write; None writes float32.
+            residual: with `target` None, a float32 channels-last map to which the result is added, in its memory.
+        Returns:
+            (B, outputs, H/stride, W/stride) uint8 or float32.
+        """
+        weight = self.weight
+        if not weight.is_mkldnn:                   # oneDNN's best order of the weights depends on the size of the map
+            weight = self.weight = torch.ops.onednn.qconv_prepack(
+                weight, self.scales, 1.0, 0, *self.geometry, list(x.shape))
+        inputs = (x, *source, weight, self.scales, self.zeros)
         step, zero = target or (1.0, 0)
         kind = torch.float32 if target is None else torch.uint8
         if residual is None:
             return torch.ops.onednn.qconv2d_pointwise(
                 *inputs, self.bias, *self.geometry, step, zero, kind, "none", [], "")
-        return torch.ops.onednn.qconv2d_pointwise.binary(                     # written into `residual`
+        return torch.ops.onednn.qconv2d_pointwise.binary(
             *inputs, residual, self.bias, *self.geometry, step, zero, kind, 1.0, 0, "sum", 1.0, "none", [], "")
 
 
-class QuantizedChain(nn.Module):
-    """fast.Chain in 8 bits: channels-last in, float32 channels-last out."""
+class QuantizedBlock(nn.Module):
+    """A Residual of nets/efficientvit.py with its MBConv or fused MBConv block in 8 bits."""
 
-    def __init__(self, block: nn.Module, name: str, shortcut: bool, side: int, calibration: dict[str, Tensor]):
+    def __init__(self, plain: Residual, ranges: dict[str, Tensor]):
+        """`ranges`: the block's part of the calibration, by "input" and the names of its layers."""
         super().__init__()
-        self.shortcut, self.extent, convs = shortcut, calibration[f"{name}.input"].item(), []
-        self.ranges = [calibration[f"{name}.{child}"].tolist() for child, layer in block.named_children() if layer.act]
-        for layer in block.children():
-            convs.append(QuantizedConv(layer, side))
-            side //= layer.conv.stride[0]
-        self.convs = nn.ModuleList(convs)
+        self.shortcut, self.extent = plain.shortcut, ranges["input"].item()
+        self.ranges = [ranges[name].tolist() for name, layer in plain.main.named_children() if layer.act is not None]
+        self.convs = nn.ModuleList(QuantizedConv(layer) for layer in plain.main.children())
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.float()
-        m = largest(x)
-        source = step_and_zero(-self.extent * m, self.extent * m)
-        y = quantize(x, *source)
+        """Map (B, C, H, W) float -> (B, outputs, H/stride, W/stride) float32; a float32 input takes the sum itself."""
+        x = x.to(torch.float32, memory_format=torch.channels_last)
+        m = max(cv2.norm(as_rows(x), cv2.NORM_INF), 1e-6)
+        scale = scale_of(-self.extent * m, self.extent * m)
+        y = quantize(x, *scale)
         for conv, (lowest, highest) in zip(self.convs, self.ranges):
-            target = step_and_zero(max(lowest * m, LOWEST), highest * m)
-            y = conv(y, source, target)
-            table, source = gelu_table(*target)
+            before = scale_of(max(lowest * m, LOWEST), highest * m)
+            y = conv(y, scale, before)
+            table, scale = gelu_table(*before)
             rows = as_rows(y)
-            cv2.LUT(rows, table, dst=rows)                                    # in place: rows are y's memory
-        return self.convs[-1](y, source, residual=x if self.shortcut else None)
+            y = as_map(cv2.LUT(rows, table, dst=rows), y.shape)    # what LUT returns counts, be `rows` a copy or not
+        return self.convs[-1](y, scale, residual=x if self.shortcut else None)
 
 
 def quantized_blocks(encoder: EfficientViTSam) -> dict[str, nn.Module]:
@@ -120,13 +148,128 @@ def quantized_blocks(encoder: EfficientViTSam) -> dict[str, nn.Module]:
     return {name: block for name, block in encoder.named_modules() if isinstance(block, (FusedMBConv, MBConv))}
 
 
-def quantized_encoder(encoder: EfficientViTSam, size: int, calibration: dict[str, Tensor],
-                      dtype: torch.dtype) -> FastEfficientViT:
-    """`dtype`: of what stays in float inside the attention and the stem."""
-    names = {block: name for name, block in quantized_blocks(encoder).items()}
+def swap_blocks(encoder: EfficientViTSam, calibration: dict[str, Tensor]) -> None:
+    """Put QuantizedBlocks, in place and by name, where `encoder` has the residuals around its quantized blocks."""
+    for name, block in quantized_blocks(encoder).items():
+        parent, _, last = name.removesuffix(".main").rpartition(".")
+        residuals = encoder.get_submodule(parent)
+        ranges = {layer: calibration[f"{name}.{layer}"] for layer in ("input", *dict(block.named_children()))
+                  if f"{name}.{layer}" in calibration}
+        setattr(residuals, last, QuantizedBlock(getattr(residuals, last), ranges))
 
-    def chain(block, shortcut, side):
-        if block in names:
-            return QuantizedChain(block, names[block], shortcut, side, calibration)
-        return Chain(block, shortcut, side, dtype)
-    return FastEfficientViT(encoder, size, dtype, chain)
+
+# ------------------------------------------------------------------------------------------------------- calibration
+
+class Observer:
+    """Watches one activation over the calibration images and finds the range of 8 bits that loses least.
+
+    `entry` is the observer of the block's input, whose largest absolute value m is the unit of all ranges; None for
+    that observer itself. Others watch what goes into GELU: errors count after it, and values below LOWEST not at all.
+    """
+
+    def __init__(self, entry: "Observer | None" = None):
+        self.entry, self.m, self.seen = entry, 1.0, []
+        self.floor = -np.inf if entry is None else LOWEST
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor]) -> None:
+        """Take the input of `module`: a forward pre-hook."""
+        if self.entry is None:
+            self.m = max(inputs[0].abs().max().item(), 1e-6)
+        self.see(inputs[0], (self.entry or self).m)
+
+    def see(self, x: Tensor, m: float) -> None:
+        """Count a random sample of the values of `x`, any shape, from an image whose block input reaches ± m."""
+        flat = x.detach().reshape(-1).clamp(min=self.floor)
+        counts, edges = np.histogram(flat[torch.randint(len(flat), (SAMPLES,))].numpy(), BINS)
+        centres = ((edges[1:] + edges[:-1]) / 2)[counts > 0]
+        self.seen.append((m, centres, counts[counts > 0]))
+
+    def loss(self, low: float, high: float) -> float:
+        """Squared error of codes over low · m … high · m relative to the true values' squares, mean over the images."""
+        after, total = gelu if self.entry else np.asarray, 0.0
+        for m, values, counts in self.seen:
+            step, zero = scale_of(max(low * m, self.floor), high * m)
+            codes = np.clip(np.round(values / step) + zero, 0, 255)
+            true = after(values)
+            error = after((codes - zero) * step) - true
+            total += (counts * error**2).sum() / max((counts * true**2).sum(), 1e-12)
+        return total / len(self.seen)
+
+    def best_range(self) -> Tensor:
+        """The range of least loss, in multiples of m: (1,) for a block's input (± that), else (2,) lowest, highest."""
+        if self.entry is None:
+            return torch.tensor([min(FRACTIONS, key=lambda f: self.loss(-f, f))], dtype=torch.float32)
+        lowest = min(values.min() / m for m, values, _ in self.seen)
+        highest = max(max(values.max() / m for m, values, _ in self.seen), 1e-3)
+        high = min(FRACTIONS, key=lambda f: self.loss(lowest, f * highest)) * highest
+        low = min(FRACTIONS, key=lambda f: self.loss(f * lowest, high)) * lowest    # the two ends hardly interact
+        return torch.tensor([low, high], dtype=torch.float32)
+
+
+@torch.inference_mode()
+def calibrate(encoder: EfficientViTSam, inputs: list[Tensor]) -> dict[str, Tensor]:
+    """The activation ranges of a float encoder over network inputs (1, 3, S, S); see the module for their names."""
+    torch.manual_seed(0)                                       # of the samples that observers take
+    observers, hooks = {}, []
+    for name, block in quantized_blocks(encoder).items():
+        entry = observers[f"{name}.input"] = Observer()
+        hooks.append(block.register_forward_pre_hook(entry))
+        for child, layer in block.named_children():
+            if layer.act is not None:
+                observers[f"{name}.{child}"] = Observer(entry)
+                hooks.append(layer.act.register_forward_pre_hook(observers[f"{name}.{child}"]))
+    for x in ProgressBar(inputs, len(inputs), "activation ranges"):
+        encoder(x)
+    for hook in hooks:
+        hook.remove()
+    return {name: observer.best_range() for name, observer in observers.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------- command
+
+def choose_cases(folder: str | Path, count: int) -> list[Path]:
+    """`count` cases of a folder, dealt evenly over the modalities and evenly spaced within each."""
+    groups: dict[str, list[Path]] = {}
+    for path in list_cases(folder):
+        groups.setdefault(modality_of(path.name), []).append(path)
+    share = -(-count // len(groups))
+    spaced = ([group[i] for i in np.linspace(0, len(group) - 1, min(share, len(group))).astype(int)]
+              for group in groups.values())
+    return [path for row in zip_longest(*spaced) for path in row if path is not None][:count]
+
+
+def network_input(path: Path, size: int) -> Tensor:
+    """The image of a case as network input (1, 3, size, size); of a volume, the middle slice of its first box."""
+    case = read_case(path)
+    image = case.image
+    if case.is_3d:
+        image = case.volume[int(case.boxes[0, 2] + case.boxes[0, 5]) // 2 if len(case.boxes) else len(case.volume) // 2]
+    return to_network(image, size)[None]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write an 8-bit checkpoint; 1 with a line on stderr where the weights or cases do not serve."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-w", "--weights", required=True, help="checkpoint of an EfficientViT network")
+    parser.add_argument("--decoder-weights", help="checkpoint whose prompt encoder and mask decoder complete an encoder")
+    parser.add_argument("-i", "--input", required=True, help="folder of NPZ cases to calibrate on")
+    parser.add_argument("-o", "--output", required=True, type=Path, help="file to write")
+    parser.add_argument("--count", type=int, default=44, help="images to calibrate on")
+    arguments = parser.parse_args(argv)
+    try:
+        model = load_model(arguments.weights, arguments.decoder_weights)
+        if not isinstance(model.image_encoder, EfficientViTSam):
+            raise ValueError(f"{arguments.weights}: int8: expected an EfficientViT network, found {model.name}")
+        inputs = [network_input(path, model.image_size) for path in choose_cases(arguments.input, arguments.count)]
+        atomic_torch_save({"network": model.name, "model": pack_state(model.state_dict()),
+                           "calibration": calibrate(model.image_encoder, inputs)}, arguments.output)
+    except (ValueError, OSError) as error:
+        print(first_line(error), file=sys.stderr)
+        return 1
+    before, after = (path.stat().st_size / 1e6 for path in (resolve(arguments.weights), arguments.output))
+    print(f"{arguments.output}: {after:.1f} MB (from {before:.1f} MB), activation ranges of {len(inputs)} images")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
