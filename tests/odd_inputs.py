@@ -20,8 +20,8 @@ def image(**changes):
     """The arrays of a grey image with two objects, some of them changed, or left out where the change is None."""
     labels = np.zeros((H, W), np.uint8)
     labels[8:20, 6:30], labels[24:36, 12:40] = 1, 2
-    arrays = dict(imgs=PIXELS + 50 * labels.clip(max=1), boxes=np.array([[6, 8, 29, 19], [12, 24, 39, 35]]), gts=labels)
-    arrays = {**arrays, **changes}
+    boxes = np.array([[6, 8, 29, 19], [12, 24, 39, 35]])
+    arrays = {"imgs": PIXELS + 50 * labels.clip(max=1), "boxes": boxes, "gts": labels, **changes}
     return {name: array for name, array in arrays.items() if array is not None}
 
 
@@ -131,7 +131,7 @@ def wrong_headers():
         "imgs-four-axes.npz": volume(imgs=np.zeros((2, 3, H, W), np.uint8)),
         "2D_CT_imgs-missing.npz": image(imgs=None),
         "2D_CT_imgs-terabytes.npz": forged(imgs=announced((2**20, 2**20))),
-        "3D_CT_imgs-terabytes.npz": forged(imgs=announced(TERABYTES), gts=announced(TERABYTES), spacing=announced((3,))),
+        "3D_CT_imgs-terabytes.npz": forged(imgs=announced(TERABYTES), gts=announced(TERABYTES)),
         "2D_CT_imgs-lying-directory.npz": lying_directory(),
         "2D_CT_imgs-negative.npz": forged(imgs=announced((-1, W))),
         "2D_CT_imgs-cut.npz": forged(imgs=announced((H, W), body=grey.tobytes()[:99])),
@@ -157,7 +157,7 @@ def wrong_headers():
 
 
 def wrong_numbers():
-    """{file name: arrays or bytes} of what is refused once the numbers are read; the name says which field is wrong."""
+    """{file name: arrays or bytes} of what is refused once the numbers are read; the name says which field it is."""
     grey, boxes, gts = image()["imgs"], image()["boxes"], image()["gts"]
     return {
         "2D_CT_imgs-nan.npz": image(imgs=changed(grey.astype(np.float32), (3, 4), np.nan)),

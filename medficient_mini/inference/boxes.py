@@ -45,8 +45,8 @@ def check_boxes(boxes, shape: tuple[int, ...], name: str, z_exclusive: bool = Fa
     # The upper border of the last pixel, W or H, is a usual way to write it and no mistake; of slices it is one.
     over = (lower < 0) | (upper > last + np.array([1, 1, 0])[:axes])
     if over.any():
-        warnings.append(f"{name}: boxes: expected them inside the {size} pixels, found {over.any(1).sum()} reaching over its "
-                        f"border (first: box {_first(boxes, over)}): clipped")
+        warnings.append(f"{name}: boxes: expected them inside the {size} pixels, found {over.any(1).sum()} reaching "
+                        f"over the border (first: box {_first(boxes, over)}): clipped")
     return np.hstack([lower.clip(0, last), upper.clip(0, last)]), warnings
 
 
@@ -68,7 +68,8 @@ def check_points(points, labels, shape: tuple[int, int]) -> tuple[np.ndarray, np
         raise FieldError(f"points: expected numbers of shape (P, 2), x y, found {points.dtype} {points.shape}")
     outside = ~((points >= 0) & (points < shape[::-1]))                   # NaN is outside too
     if outside.any():
-        raise FieldError(f"points: expected them inside the {shape[1]}×{shape[0]} pixels, found point {_first(points, outside)}")
+        raise FieldError(f"points: expected them inside the {shape[1]}×{shape[0]} pixels, "
+                         f"found point {_first(points, outside)}")
     if labels.shape != points.shape[:1] or not np.isin(labels, (0, 1)).all():
         raise FieldError(f"point labels: expected {len(points)} of 0 or 1, found {labels.dtype} {labels.shape}")
     return points.astype(np.float64), labels.astype(np.int64)

