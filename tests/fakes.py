@@ -1,10 +1,15 @@
 """A stand-in network for pipeline tests: what is brighter than half inside the box is the object."""
+import json
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from medficient_mini.cpu.fast import FastSam, to_fast
+
+PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity"
 
 
 class BrightSam(torch.nn.Module):
@@ -31,6 +36,7 @@ class BrightSam(torch.nn.Module):
 
 def fast_or_skip(model):
     """The f32 inference form of a network; the test is skipped where torch lacks the operators for it."""
+    from medficient_mini.cpu.fast import FastSam, to_fast
     fast = to_fast(model, "f32")
     if not isinstance(fast, FastSam):
         pytest.skip("this torch lacks the oneDNN operators")
@@ -43,3 +49,14 @@ def squares(shape, places):
     for y0, y1, x0, x1 in places:
         image[y0:y1, x0:x1] = 255
     return image
+
+
+def deterministic_sam(name: str, seed: int):
+    """A network with the recorded outputs' weights, of ../shared/parity."""
+    from medficient_mini.nets.sam import build_sam
+    sys.path.insert(0, str(PARITY))
+    import weights
+    shapes = json.loads((PARITY / "keys.json").read_text())[name]
+    model = build_sam(name).eval()
+    model.load_state_dict({key: torch.from_numpy(np.asarray(value)) for key, value in weights.fill(shapes, seed).items()})
+    return model

@@ -1,172 +1,160 @@
-"""Draw boxes with the mouse, see the masks at once: the window behind `infer.py --pick`.
+"""Draw boxes with the mouse and see the masks at once: the window behind `infer.py --pick`.
 
 A press, a drag and a release make a box; its mask follows in the time of one decode, as the embedding of the image, or
 of each slice of a volume that is drawn on, is computed once. In a volume a box spans the slices between its first and
 last one (keys f and l); the slice it was drawn on counts as the object's largest. The volume is segmented when it is saved.
 """
-import os
 import subprocess
 import sys
+from dataclasses import dataclass
+from functools import lru_cache
 
 import cv2
 import numpy as np
+import torch
+from torch import Tensor
 
+from ..inference.compose import Composition, compose
+from ..inference.geometry import boxes_to_network
 from ..inference.npz import Case
+from ..inference.predictor import decode_boxes, encode
 from ..show.draw import panel, write
-from ..inference.predictor import Predictor, label_dtype
-from ..inference.volume import segment_volume
 
-WINDOW = "medficient_mini"
 LONGEST, SHORTEST = 900, 512         # the longest side of a picture on the screen
 STRIP = 44                           # height of the two lines under the picture
 KEPT = 64                            # embeddings of slices, 4 MB each
-ESCAPE = 27
+ESCAPE = "\x1b"
 HELP = "drag: box   u undo   s save   q quit"
-HELP_3D = "drag: box   u undo   n p next, previous slice   f l box's first, last slice   s save   q quit"
+HELP_3D = HELP + "   n p next, previous slice   f l box's first, last slice"
+
+
+@dataclass
+class Drawn:
+    """One object: its box x0 y0 x1 y1 in pixels, drawn on slice `z`, for the slices `first` to `last`; its logits."""
+    box: list[float]
+    z: int
+    first: int
+    last: int
+    logits: Tensor                   # (1, 256, 256)
 
 
 class Picker:
     """The state behind the window: `mouse` and `key` change it, `render` shows it. It never touches the screen.
 
-    boxes: x0 y0 x1 y1 in pixels of the image; slices: (first, drawn on, last) of each; masks: bool (H, W) of the
-    slice it was drawn on. done: None while it goes on, then "save" or "quit".
+    objects: what was drawn. changed: whether the window shows an older state. done: None while it goes on, then "save"
+    or "quit".
     """
 
-    def __init__(self, model, case: Case):
-        self.model, self.case = model, case
-        self.slices_of_image = case.volume if case.is_3d else case.image[None]              # (D, H, W[, 3])
-        self.z = len(self.slices_of_image) // 2
+    def __init__(self, model, case: Case, overlap: str):
+        self.model, self.case, self.overlap = model, case, overlap
+        self.slices = case.volume if case.is_3d else case.image[None]                       # (D, H, W[, 3])
+        self.z = len(self.slices) // 2
         self.height, self.width = case.shape[-2:]
         longest = max(self.height, self.width)
         self.scale = min(max(longest, SHORTEST), LONGEST) / longest
-        self.boxes: list[list[float]] = []
-        self.slices: list[tuple[int, int, int]] = []
-        self.masks: list[np.ndarray] = []
+        self.objects: list[Drawn] = []
         self.pressed = self.dragged = None                      # corners in image pixels while the button is down
-        self.predictors: dict[int, Predictor] = {}
-        self.done = None
-
-    def predictor(self) -> Predictor:
-        """A Predictor that holds the embedding of the present slice."""
-        if self.z not in self.predictors:
-            if len(self.predictors) >= KEPT:
-                del self.predictors[next(iter(self.predictors))]
-            self.predictors[self.z] = Predictor(self.model)
-            self.predictors[self.z].set_image(self.slices_of_image[self.z])
-        return self.predictors[self.z]
+        self.embedding = lru_cache(KEPT)(lambda z: encode(model, self.slices[z]))           # (1, 256, 64, 64)
+        self.changed, self.done = True, None
 
     def mouse(self, event: int, x: int, y: int, *_) -> None:
-        """OpenCV's mouse callback; x, y are pixels of the window."""
-        limits = self.width - 1, self.height - 1
-        place = [min(max(v / self.scale - 0.5, 0), limit) for v, limit in zip((x, y), limits)]
+        """Follow the mouse: OpenCV's callback, where x, y are pixels of the window."""
+        place = np.clip([x / self.scale - 0.5, y / self.scale - 0.5], 0, [self.width - 1, self.height - 1]).tolist()
         if event == cv2.EVENT_LBUTTONDOWN:
-            self.pressed = self.dragged = place
-        elif self.pressed and event == cv2.EVENT_MOUSEMOVE:
-            self.dragged = place
-        elif self.pressed and event == cv2.EVENT_LBUTTONUP:
-            box = np.sort([self.pressed, place], axis=0).ravel().tolist()
-            self.pressed = self.dragged = None
+            self.pressed = place
+        elif not self.pressed:
+            return
+        self.dragged, self.changed = place, True
+        if event == cv2.EVENT_LBUTTONUP:
+            box, self.pressed = self.dragged_box(), None
             if box[2] - box[0] >= 2 / self.scale and box[3] - box[1] >= 2 / self.scale:     # a click is no box
-                self.add(box)
+                prompt = boxes_to_network(np.array([box]), self.height, self.width, self.model.image_size)
+                logits = decode_boxes(self.model, self.embedding(self.z), prompt)
+                self.objects.append(Drawn(box, self.z, self.z, self.z, logits))
 
-    def add(self, box: list[float]) -> None:
-        mask = self.predictor().predict(box=box)[0][0]
-        self.boxes.append(box)
-        self.slices.append((self.z, self.z, self.z))
-        self.masks.append(mask)
+    def dragged_box(self) -> list[float]:
+        return np.sort([self.pressed, self.dragged], axis=0).ravel().tolist()
 
     def key(self, code: int) -> None:
-        """A pressed key; those without a meaning change nothing."""
-        letter = chr(code & 0xFF) if code >= 0 else ""            # small letters: the arrow keys come as Q, R, S, T
-        if letter == "u" and self.boxes:
-            for kept in (self.boxes, self.slices, self.masks):
-                kept.pop()
-        elif letter == "n":
-            self.z = min(self.z + 1, len(self.slices_of_image) - 1)
-        elif letter == "p":
-            self.z = max(self.z - 1, 0)
-        elif letter == "f" and self.slices:
-            _, drawn, last = self.slices[-1]
-            self.slices[-1] = min(self.z, drawn), drawn, last
-        elif letter == "l" and self.slices:
-            first, drawn, _ = self.slices[-1]
-            self.slices[-1] = first, drawn, max(self.z, drawn)
-        elif letter == "s":
-            self.done = "save"
-        elif letter == "q" or code & 0xFF == ESCAPE:
-            self.done = "quit"
+        """Obey a pressed key; those without a meaning change nothing."""
+        if code < 0:
+            return
+        letter = chr(code & 0xFF)                                 # small letters: the arrow keys come as Q, R, S, T
+        self.done = {"s": "save", "q": "quit", ESCAPE: "quit"}.get(letter)
+        self.z = min(max(self.z + {"n": 1, "p": -1}.get(letter, 0), 0), len(self.slices) - 1)
+        if self.objects:
+            newest = self.objects[-1]
+            if letter == "u":
+                self.objects.pop()
+            elif letter == "f":
+                newest.first = min(self.z, newest.z)
+            elif letter == "l":
+                newest.last = max(self.z, newest.z)
+        self.changed = True
+
+    def labels(self) -> np.ndarray:
+        """Return the labels (H, W) of what was drawn on the present slice: k + 1 for object k."""
+        found = Composition((self.height, self.width), len(self.objects))
+        here = {k: drawn for k, drawn in enumerate(self.objects) if drawn.z == self.z}
+        if here:
+            logits = torch.cat([drawn.logits for drawn in here.values()])
+            boxes = np.array([drawn.box for drawn in here.values()])
+            compose(found, np.array([*here]), logits, boxes, self.model.image_size, self.overlap)
+        return found.labels
 
     def render(self) -> np.ndarray:
-        """What the window shows: RGB uint8, the picture in its scale and two lines of text below."""
-        segs, boxes = np.zeros((self.height, self.width), np.uint16), []
-        for k, (box, (first, drawn, last), mask) in enumerate(zip(self.boxes, self.slices, self.masks), 1):
-            boxes.append(box if first <= self.z <= last else [np.nan] * 4)
-            if drawn == self.z:
-                segs[mask] = k
+        """Return what the window shows: RGB uint8, the picture in its scale and two lines of text below."""
+        boxes = [drawn.box if drawn.first <= self.z <= drawn.last else [np.nan] * 4 for drawn in self.objects]
         if self.pressed:
-            boxes.append(np.sort([self.pressed, self.dragged], axis=0).ravel().tolist())
-        picture = panel(self.slices_of_image[self.z], segs, np.array(boxes).reshape(-1, 4), self.scale, fill=0.35)
-        strip = np.zeros((STRIP, max(picture.shape[1], SHORTEST), 3), np.uint8)
-        state = f"{len(self.boxes)} box" + "es" * (len(self.boxes) != 1)
+            boxes.append(self.dragged_box())
+        picture = panel(self.slices[self.z], self.labels(), np.reshape(boxes, (-1, 4)), self.scale, fill=0.35)
+        state = f"boxes: {len(self.objects)}"
         if self.case.is_3d:
-            state = f"slice {self.z} of 0-{len(self.slices_of_image) - 1}   {state}"
-            if self.slices:
-                state += ", the last on slices {}-{}".format(self.slices[-1][0], self.slices[-1][2])
-        write(strip, state, 6, 17, 0.45, outline=None)
-        write(strip, HELP_3D if self.case.is_3d else HELP, 6, 36, 0.38 if self.case.is_3d else 0.45, outline=None)
-        canvas = np.zeros((picture.shape[0] + STRIP, strip.shape[1], 3), np.uint8)
-        canvas[:picture.shape[0], :picture.shape[1]] = picture
-        canvas[picture.shape[0]:] = strip
+            newest = [f"   newest: slices {drawn.first}-{drawn.last}" for drawn in self.objects[-1:]]
+            state = f"slice {self.z} of 0-{len(self.slices) - 1}   " + state + "".join(newest)
+        canvas = np.zeros((len(picture) + STRIP, max(picture.shape[1], SHORTEST), 3), np.uint8)
+        canvas[:len(picture), :picture.shape[1]] = picture
+        write(canvas, state, 6, len(picture) + 17, 0.4, outline=None)
+        write(canvas, HELP_3D if self.case.is_3d else HELP, 6, len(picture) + 36, 0.38, outline=None)
         return canvas
 
-    def finish(self, **options) -> np.ndarray:
-        """Labels (H, W) or (D, H, W); the boxes drawn go into the case. options: of `segment_volume`."""
-        boxes, slices = np.array(self.boxes, np.float64).reshape(-1, 4), np.array(self.slices, int).reshape(-1, 3)
-        if self.case.is_3d:
-            self.case.boxes = np.hstack([boxes[:, :2], slices[:, :1], boxes[:, 2:], slices[:, 2:]])
-            self.case.start = slices[:, 1]
-            return segment_volume(self.model, self.case.volume, self.case.boxes, self.case.start, **options)
-        self.case.boxes = boxes
-        segs = np.zeros((self.height, self.width), label_dtype(len(boxes)))
-        for label, mask in enumerate(self.masks, 1):
-            segs[mask] = label
-        return segs
+    def finish(self) -> None:
+        """Put the boxes into the case, and the slices they were drawn on."""
+        boxes = np.reshape([[*drawn.box[:2], drawn.first, *drawn.box[2:], drawn.last] for drawn in self.objects], (-1, 6))
+        self.case.boxes = boxes if self.case.is_3d else boxes[:, [0, 1, 3, 4]]
+        self.case.drawn_slice = np.array([drawn.z for drawn in self.objects], int)
 
 
 def require_display() -> None:
-    """ValueError with one line where no window can be opened.
+    """Raise ValueError, one line, where no window can be opened.
 
     Tried in a process of its own, as Qt ends the whole program where the display does not answer.
     """
-    linux = sys.platform.startswith("linux")
-    reason = "found no display (DISPLAY is not set)"
-    if not linux or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
-        probe = [sys.executable, "-c", "import cv2; cv2.namedWindow('probe')"]
-        if not subprocess.run(probe, capture_output=True).returncode:
-            return
-        reason = "OpenCV could open none (no display answers, or opencv-python-headless is installed)"
-    raise ValueError(f"--pick: expected a screen for its window, {reason}")
+    probe = [sys.executable, "-c", "import cv2; cv2.namedWindow('probe')"]
+    if subprocess.run(probe, capture_output=True).returncode:
+        raise ValueError("--pick: expected a screen for its window, found none (DISPLAY is not set or does not answer, or "
+                         "opencv-python-headless is installed)")
 
 
-def pick(model, case: Case, **options) -> np.ndarray | None:
-    """Show a case and let the user draw boxes until "save" or "quit".
+def pick(model, case: Case, overlap: str) -> bool:
+    """Show a case and let the user draw boxes, which go into it. Call `require_display` first.
 
-    Returns labels (H, W) or (D, H, W) and leaves the boxes in case.boxes; None where the user quit. Call
-    `require_display` first.
+    Returns whether they are to be segmented: False where the user quit.
     """
-    picker = Picker(model, case)
-    if not case.is_3d:
-        picker.predictor()                                       # encoded before the first box, not after it
-    cv2.namedWindow(WINDOW, cv2.WINDOW_AUTOSIZE | cv2.WINDOW_GUI_NORMAL)
-    cv2.setWindowTitle(WINDOW, f"{case.name} - {WINDOW}")
-    cv2.setMouseCallback(WINDOW, picker.mouse)
+    picker, window = Picker(model, case, overlap), f"{case.name} - medficient_mini"
+    picker.embedding(picker.z)                                   # encoded before the first box, not after it
+    cv2.namedWindow(window, cv2.WINDOW_AUTOSIZE | cv2.WINDOW_GUI_NORMAL)
+    cv2.setMouseCallback(window, picker.mouse)
     try:
         while picker.done is None:
-            cv2.imshow(WINDOW, picker.render()[..., ::-1])
+            if picker.changed:
+                picker.changed = False
+                cv2.imshow(window, picker.render()[..., ::-1])
             picker.key(cv2.waitKey(20))
-            if cv2.getWindowProperty(WINDOW, cv2.WND_PROP_VISIBLE) < 1:
+            if cv2.getWindowProperty(window, cv2.WND_PROP_VISIBLE) < 1:
                 picker.done = picker.done or "quit"              # closed with the window's own button
     finally:
         cv2.destroyAllWindows()
         cv2.waitKey(1)
-    return picker.finish(**options) if picker.done == "save" else None
+    picker.finish()
+    return picker.done == "save"

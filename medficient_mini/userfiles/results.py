@@ -1,0 +1,89 @@
+"""What infer.py leaves for each case: a picture, the masks with what made them, and a row of efficiency.csv."""
+import csv
+import hashlib
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from ..inference.compose import Composition, lost_objects
+from ..inference.npz import Case, write_segs
+from ..show.draw import contact_sheet, overlay, save_png
+from .nifti import save_label_nifti
+from .pictures import save_label_picture, stem_of
+
+POINT_COLOURS = (230, 0, 0), (0, 200, 0)        # beside the object, on it
+
+
+def digest(path) -> str:
+    """Return a short hash of a file's content, which stays the same when the file is copied or touched."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()[:16]
+
+
+def made_with(path: Path, decisive: dict) -> str:
+    """Describe what decides the result of an input file: its content and the fields of `decisive`, as JSON."""
+    return json.dumps({"input": digest(path), **decisive})
+
+
+def what_changed(path: Path, decisive: dict, folder: Path) -> str | None:
+    """Compare what made the result of an input file, its field `made_with`, with what would make it now.
+
+    Returns:
+        "new" where there is no result, else what differs, in words; None where nothing does.
+    """
+    result = folder / f"{stem_of(path)}.npz"
+    if not result.exists():
+        return "new"
+    try:
+        with np.load(result, allow_pickle=False) as file:
+            before = json.loads(str(file["made_with"]))
+        now = json.loads(made_with(path, decisive))
+        return ", ".join(f"other {name}" for name in now if now[name] != before.get(name)) or None
+    except Exception:                                    # whatever is wrong with either file: it is made again
+        return "the result does not say what made it"
+
+
+def draw(path: Path, case: Case, labels: np.ndarray) -> None:
+    """Write the picture of a case with its masks, boxes and points: green on the object, red beside it."""
+    picture = contact_sheet(case.volume, labels, case.boxes) if case.is_3d else overlay(case.image, labels, case.boxes)
+    if case.points is not None:
+        scale = picture.shape[0] / case.shape[0]
+        for point, label in zip(case.points, case.point_labels):
+            centre = ((point + 0.5) * scale).astype(int).tolist()
+            for radius, colour in (5, (255, 255, 255)), (4, POINT_COLOURS[label]):
+                cv2.circle(picture, centre, radius, colour, -1, cv2.LINE_AA)
+    save_png(path, picture)
+
+
+def write(folder: Path, case: Case, found: Composition, separate: bool, **extra) -> None:
+    """Write the masks of a case; the NPZ comes last: where it is, the case is finished.
+
+    Of a user's own file the labels become STEM_mask.png, or STEM_mask.nii.gz on the file's own grid, and STEM.npz
+    holds its `boxes`, `points`, `intensity` and `spacing` as they lie on the slices beside `segs` and `extra`.
+    With `separate`, and where objects overlap, the NPZ also holds each object's own mask: `masks` bool (N, H, W) of
+    an image, `bits` of a volume (see `Composition`).
+    """
+    stem = stem_of(case.name)
+    if case.grid is not None:
+        save_label_nifti(folder / f"{stem}_mask.nii.gz", found.labels, case.grid)
+    elif case.intensity:
+        save_label_picture(folder / f"{stem}_mask.png", found.labels)
+    if case.intensity:
+        fields = {name: getattr(case, name) for name in ("boxes", "points", "point_labels", "intensity", "spacing")}
+        extra |= {name: value for name, value in fields.items() if value is not None}
+    if separate and found.mask_sizes.sum() > found.kept_sizes().sum():
+        extra |= {"bits": found.bits} if case.is_3d else {"masks": found.masks()}
+    write_segs(folder / f"{stem}.npz", found.labels, **extra)
+
+
+def add_row(folder: Path, case: Case, seconds: float, found: Composition) -> None:
+    """Append a case to efficiency.csv: its seconds, and the objects it lost. In one write, as several jobs share it."""
+    path = folder / "efficiency.csv"
+    heading = [] if path.exists() else [("case", "seconds", "lost")]          # may come twice: readers skip it anywhere
+    with open(path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file).writerows([*heading, (case.name, f"{seconds:.3f}", "; ".join(lost_objects(found)))])
