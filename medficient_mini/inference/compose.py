@@ -6,10 +6,10 @@ and only where its mask is; the rest stays at 256×256. README.md beside this fi
 import numpy as np
 from torch import Tensor
 
-from .geometry import Region, enlarged_logits, reached_region
+from .geometry import enlarged_logits, reached_region
 
 OVERLAPS = ("inside", "higher", "later")
-INSIDE = 0.8                         # the share of an object that makes it lie inside another
+INSIDE = 0.8                         # see `lies_inside`
 
 
 def label_dtype(count: int) -> type:
@@ -37,7 +37,7 @@ class Composition:
         self.labels[place][wins] = k + 1
         self.mask_sizes[k] += np.count_nonzero(mask)
         if self.bits is not None:
-            self.bits[(k // 8, *place)] |= mask.astype(np.uint8) << k % 8
+            self.bits[(k // 8, *place)] |= mask * np.uint8(1 << k % 8)
 
     def kept_sizes(self) -> np.ndarray:
         """Count the pixels that each object kept: int (N,)."""
@@ -50,13 +50,11 @@ class Composition:
 
 
 def lost_objects(found: Composition) -> list[str]:
-    """Name, in a line each, the objects without a pixel and those that lost more than half of their mask to others."""
+    """Name, in a line each, the objects that were not found and those that lost more than half of their mask."""
     lines = []
     for label, (own, kept) in enumerate(zip(found.mask_sizes, found.kept_sizes()), 1):
         if own == 0:
             lines.append(f"label {label}: nothing found")
-        elif kept == 0:
-            lines.append(f"label {label}: all {own} pixels of its mask went to other objects")
         elif kept < own / 2:
             lines.append(f"label {label}: {own - kept} of the {own} pixels of its mask went to other objects")
     return lines
@@ -66,62 +64,62 @@ def compose(found: Composition, objects: np.ndarray, logits: Tensor, boxes: np.n
             overlap: str = OVERLAPS[0], z: int | None = None) -> None:
     """Share out the pixels of one picture, an image or slice z of a volume, among n of the N objects.
 
-    The objects are laid down from the largest mask to the smallest (equal ones: in the order of their boxes'
-    coordinates) and take the pixels that are free. Of those that already belong to another object they take,
+    The objects are laid down from the largest mask to the smallest, equally large ones in the order of their boxes'
+    coordinates. An object takes the pixels that are free, and of those that another has already,
 
-    - overlap "inside": all from an object inside which they lie, none from one that lies inside them, and from others
-      where their logit is higher. One object lies inside another if its mask is the smaller one and at least 80 % of
-      its mask and of its box lie in the other's.
-    - "higher": those where their logit is higher.
+    - overlap "inside": all of an object inside which it lies (see `lies_inside`), else where its logit is higher;
+    - "higher": those where its logit is higher;
     - "later": those of objects with a lower label, as the authors of MedficientSAM have it.
 
-    The labels are therefore the same in whatever order the boxes come, but for "later". Equal boxes have equal
-    logits: the first of them keeps all.
+    So the labels are the same in whatever order the boxes come, but for "later". Equal boxes have equal logits: the
+    first of them keeps all.
 
     Args:
         found: takes up the labels.
         objects: int (n,), the numbers of the objects, from 0 and ascending.
-        logits: (n, 256, 256), above 0 inside.
+        logits: (n, 256, 256) on the CPU, above 0 inside.
         boxes: (n, 4) x0 y0 x1 y1 in pixels. With z, the masks are clipped to them.
-        size: the side of the network's input.
+        size: the side of the network's input in pixels.
+
+    Raises:
+        ValueError: for another word than those of OVERLAPS.
     """
+    if overlap not in OVERLAPS:
+        raise ValueError(f"overlap: expected one of {', '.join(OVERLAPS)}, found {overlap!r}")
     height, width = found.labels.shape[-2:]
     place = () if z is None else (z,)
     labels = found.labels[place]                                 # (H, W), a view
-    regions = [reached_region(one, height, width, size) if z is None else _whole_pixels(box)
-               for one, box in zip(logits, boxes)]
-    sizes = np.zeros(len(objects), int)                          # of the masks that have been laid down
     highest = np.zeros((height, width), np.float32)              # the logit of the object that has each pixel
-    areas = (logits > 0).sum((1, 2)).numpy()
+    inside = logits > 0
+    areas = inside.sum((1, 2)).numpy()
     for i in np.lexsort((*boxes.T[::-1], -areas)):
-        values = enlarged_logits(logits[i], height, width, size, regions[i])
-        mask, owners = values > 0, labels[regions[i]]
-        sizes[i] = np.count_nonzero(mask)
-        wins = mask & (owners <= objects[i]) if overlap == "later" else values > highest[regions[i]]
+        if z is None:
+            region = reached_region(logits[i], height, width, size)
+        else:
+            low, high = np.floor(boxes[i, 1::-1]).astype(int), np.ceil(boxes[i, :1:-1]).astype(int) + 1
+            region = tuple(map(slice, low, high))
+        values = enlarged_logits(logits[i], height, width, size, region)
+        mask, owners = values > 0, labels[region]
+        if overlap == "later":
+            wins = mask & (owners <= objects[i])
+        else:
+            wins = values > highest[region]
         if overlap == "inside":
             for label in np.unique(owners[mask & (owners > 0)]):
-                j = np.searchsorted(objects, label - 1)
-                upper = _upper(i, j, sizes, boxes, logits, regions, (height, width, size))
-                wins[mask & (owners == label)] |= upper == i
-                wins[owners == label] &= upper != j
-        found.claim(objects[i], (*place, *regions[i]), mask, wins)
-        highest[regions[i]][wins] = values[wins]
+                if lies_inside(i, np.searchsorted(objects, label - 1), inside, areas, boxes):
+                    wins |= mask & (owners == label)
+        found.claim(objects[i], (*place, *region), mask, wins)
+        highest[region][wins] = values[wins]
 
 
-def _upper(i: int, j: int, sizes, boxes, logits: Tensor, regions: list[Region], frame) -> int | None:
-    """Return which of two objects lies inside the other, None where neither does."""
-    inner, outer = (i, j) if sizes[i] < sizes[j] else (j, i)
-    corners = np.stack([boxes[inner], boxes[outer]])
-    low, high = corners[:, :2].max(0), corners[:, 2:].min(0)
-    in_box = np.prod((high - low + 1).clip(0)) / np.prod(corners[0, 2:] - corners[0, :2] + 1)
-    if sizes[i] == sizes[j] or in_box < INSIDE:
-        return None
-    both = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(regions[i], regions[j]))
-    shared = np.logical_and(*(enlarged_logits(logits[k], *frame, both) > 0 for k in (i, j)))
-    return inner if np.count_nonzero(shared) >= INSIDE * sizes[inner] else None
+def lies_inside(i: int, j: int, inside: Tensor, areas: np.ndarray, boxes: np.ndarray) -> bool:
+    """Tell whether object i lies inside object j, judged on the network's own grid of 256×256.
 
-
-def _whole_pixels(box: np.ndarray) -> Region:
-    """Return the rows and columns that a box x0 y0 x1 y1 reaches, as slices."""
-    x0, y0, x1, y1 = (*np.floor(box[:2]).astype(int), *np.ceil(box[2:]).astype(int))
-    return slice(y0, y1 + 1), slice(x0, x1 + 1)
+    At least 80 % of its mask and of its box lie in the other's, and its mask is at most 80 % as large. The boxes are
+    asked as well because a poor mask may lie anywhere, and the sizes because two masks of one thing are no nest.
+    """
+    low, high = np.maximum(boxes[i, :2], boxes[j, :2]), np.minimum(boxes[i, 2:], boxes[j, 2:])
+    shared_box = np.prod((high - low + 1).clip(0))
+    return bool(shared_box >= INSIDE * np.prod(boxes[i, 2:] - boxes[i, :2] + 1)
+                and areas[i] <= INSIDE * areas[j]
+                and (inside[i] & inside[j]).sum() >= INSIDE * areas[i])

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 INTERPOLATION = {"bilinear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA}
+SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)       # of red, green and blue
 Region = tuple[slice, slice]         # rows and columns of an image
 
 
@@ -39,6 +40,19 @@ def to_network(image: np.ndarray, size: int, resize: str = "bilinear") -> Tensor
     padded = np.zeros((3, size, size), np.float32)
     padded[:, :height, :width] = image if image.ndim == 2 else image.transpose(2, 0, 1)
     return torch.from_numpy(padded)
+
+
+def sam_input(image: np.ndarray, size: int) -> Tensor:
+    """Turn an image, uint8 (H, W) or (H, W, 3) RGB, into a network's input as SAM does: float32 (3, size, size).
+
+    It differs from `to_network` in two ways: the resizing is antialiased, and the colours are normalised by mean and
+    deviation of natural images, not by the smallest and the largest value of this one.
+    """
+    height, width = scaled_size(*image.shape[:2], size)
+    x = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1).expand(3, -1, -1)[None]
+    x = F.interpolate(x.contiguous(), (height, width), mode="bilinear", antialias=True)[0].float()
+    x = (x - torch.tensor(SAM_MEAN).reshape(3, 1, 1)) / torch.tensor(SAM_STD).reshape(3, 1, 1)
+    return F.pad(x, (0, size - width, 0, size - height))
 
 
 def boxes_to_network(boxes: np.ndarray, height: int, width: int, size: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .compose import OVERLAPS, Composition, compose
 from .geometry import box_of_mask, boxes_to_network, logits_to_mask, scaled_size
-from .predictor import check_overlap, check_pixels, check_prompt_boxes, decode_boxes, encode
+from .predictor import checked_boxes, checked_pixels, decode_boxes, encode
 
 PROPAGATIONS = ("sections", "published")
 LITE_MEDSAM_LOOSENED = 3             # network pixels, LiteMedSAM's inference script
@@ -49,9 +49,8 @@ def segment_volume(model, volume: np.ndarray, boxes: np.ndarray, drawn_slice: np
         ValueError: one line, for another volume or option, or boxes that `check_boxes` refuses.
         Stopped: as `should_stop` wanted.
     """
-    volume = check_pixels(volume, 3)
-    boxes = check_prompt_boxes(boxes, volume.shape[:3])
-    check_overlap(overlap)
+    volume = checked_pixels(volume, 3)
+    boxes = checked_boxes(boxes, volume.shape[:3])
     if propagation not in PROPAGATIONS:
         raise ValueError(f"propagation: expected one of {', '.join(PROPAGATIONS)}, found {propagation!r}")
     if drawn_slice is not None:
