@@ -180,7 +180,8 @@ def wrong_numbers():
 def fault_of(name: str) -> str:
     """The field that is wrong in a file of this corpus: imgs, boxes, gts, spacing or file; "" where nothing is.
 
-    A script that does not need the field may accept the file: only inference reads boxes, only evaluation spacing.
+    A script that does not need the field accepts the file: only inference reads boxes, only evaluation spacing. Yet
+    Python objects and forged headers are refused by all, in whichever field, and evaluation does without imgs.
     """
     return "" if name in right_cases() else next(word for word in name.replace("_", "-").split("-")
                                                  if word in ("imgs", "boxes", "gts", "spacing", "file"))
