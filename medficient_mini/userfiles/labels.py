@@ -42,11 +42,11 @@ def load_label_picture(path) -> tuple[np.ndarray, str | None]:
 def indices_as_grey(data: bytes) -> bytes | None:
     """Give a palette PNG or BMP a palette that maps each index to itself; None where the data are neither."""
     grey = np.arange(256, dtype=np.uint8)
-    if data.startswith(PNG) and data[25] == 3:                               # the colour type
+    if data.startswith(PNG) and data[25:26] == b"\3":                       # the colour type
         start = data.find(b"PLTE") - 4
         size, = struct.unpack_from(">I", data, start)
         return data[:start] + png_chunk(b"PLTE", grey.repeat(3).tobytes()[:size]) + data[start + 12 + size:]
-    if data.startswith(b"BM") and struct.unpack_from("<H", data, 28)[0] <= 8:       # bits of a pixel
+    if data.startswith(b"BM") and int.from_bytes(data[28:30], "little") <= 8 and len(data) > 54:    # bits of a pixel
         pixels, header = struct.unpack_from("<II", data, 10)
         palette = np.stack([grey] * 4, -1).tobytes()[:pixels - 14 - header]
         return data[:14 + header] + palette + data[14 + header + len(palette):]

@@ -8,6 +8,7 @@ the file's own voxel grid. nibabel is imported only where a NIfTI file is opened
 import gzip
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,7 @@ def _open(path: Path):
     except ImportError:
         raise ValueError(f"{path.name}: file: NIfTI files need the package nibabel: pip install nibabel") from None
     try:
+        nibabel.imageglobals.logger.setLevel("CRITICAL")          # our one line instead of its several
         image = nibabel.load(path, keep_file_open=True)
     except Exception as error:                        # nibabel has many, of several modules
         raise ValueError(f"{path.name}: file: expected a NIfTI volume, found it unreadable "
@@ -192,9 +194,6 @@ def save_label_nifti(path, segs: np.ndarray, grid: Grid) -> None:
     kind = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
     # Without an affine of ours the header's own ones stay as they are, in their unit.
     image = kind(np.ascontiguousarray(grid.to_file(segs)), None, header)
-    with whole_file(path) as temporary, open(temporary, "wb") as file:
-        if str(path).lower().endswith(".gz"):
-            with gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as packed:
-                image.to_stream(packed)
-        else:
-            image.to_stream(file)
+    open_file = partial(gzip.open, compresslevel=1) if Path(path).suffix.lower() == ".gz" else open
+    with whole_file(path) as temporary, open_file(temporary, "wb") as file:
+        image.to_stream(file)

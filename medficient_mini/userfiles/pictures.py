@@ -24,7 +24,7 @@ SAMPLE = 1 << 23                     # numbers that percentiles are taken from; 
 PHOTOMETRIC, ORIENTATION = 262, 274  # the TIFF fields that are looked at; EXIF has the second one too
 INVERTED, PALETTE = 0, 3             # values of PHOTOMETRIC: zero is white; numbers are indices of colours
 PNG, JPEG = b"\x89PNG", b"\xff\xd8"   # first bytes, which say more than a file's name
-COMPLAINT = re.compile(rb".*(Corrupt JPEG|Premature end of JPEG|libpng (error|warning)|(WARN|ERROR):\d).*\n*")
+COMPLAINT = re.compile(rb"^(Corrupt JPEG|Premature end of JPEG|Invalid SOS|libpng).*\n", re.MULTILINE)
 ONE_AT_A_TIME = threading.Lock()     # a process has one standard error
 TURNED = "turned as its EXIF orientation says"
 
@@ -133,7 +133,7 @@ def decode(data: bytes, path: Path) -> tuple[np.ndarray, str | None]:
     if pixels is None:
         raise ValueError(f"{path.name}: file: expected a PNG, JPEG, TIFF or BMP picture, found damaged or other data")
     # A JPEG ends with the marker FF D9. One before the last FF DA, the start of a scan, is a thumbnail's.
-    damage = re.search(rb"(Corrupt|Premature end of) JPEG.*", complaints)
+    damage = re.search(rb"^(Corrupt|Premature end of) JPEG.*", complaints, re.MULTILINE)
     if damage or data.startswith(JPEG) and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
         raise ValueError(f"{path.name}: file: expected a whole JPEG picture, found a damaged one"
                          + (f" ({damage[0].decode()})" if damage else ""))
@@ -189,6 +189,7 @@ def quietly(function, *arguments) -> tuple[object, bytes]:
     The JPEG library says nowhere else that it had to guess pixels; and a user is to see our one line instead. What
     other threads write on standard error meanwhile comes through afterwards.
     """
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     with ONE_AT_A_TIME, tempfile.TemporaryFile() as written:
         stderr = os.dup(2)
         os.dup2(written.fileno(), 2)

@@ -78,6 +78,16 @@ def test_what_is_not_visible_is_background(tmp_path):                           
     assert (labels == np.array([0, 2, 1, 0])[LABELS]).all()
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.bmp"])
+def test_masks_cut_short_are_one_line(tmp_path, name):                          # fault 41
+    path = write(tmp_path / name, LABELS)
+    whole = path.read_bytes()
+    for length in (0, 2, 20, 27, 40, 60, len(whole) // 2):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=f"^{name}: file: expected [^\n]*damaged or other data$"):
+            load_label_picture(path)
+
+
 def test_soft_edges_are_cut(tmp_path):
     soft = cv2.GaussianBlur(DISC, (0, 0), 1)
     for name in ("soft.png", "soft.jpg"):

@@ -1,4 +1,5 @@
 """NIfTI volumes: what goes in comes out, in all 48 orientations; labels on the same grid; damaged files."""
+import gzip
 import itertools
 import struct
 
@@ -43,7 +44,7 @@ def patient_position(index, order, signs):
 
 @pytest.mark.parametrize("axis", ["axial", "coronal", "sagittal"])
 def test_all_48_orientations_show_the_same_slices(tmp_path, axis):
-    for order, signs in ORIENTATIONS:
+    for order, signs in ORIENTATIONS[::1 if axis == "axial" else 5]:
         data, affine = phantom(order, signs)
         volume, grid, text = load_nifti(save(tmp_path / "a.nii", data, affine), axis)
         assert text == "8 bits as they are"
@@ -81,7 +82,7 @@ def test_masks_go_back_to_the_files_own_grid(tmp_path, suffix):
 
 def test_headers_survive(tmp_path):
     """Both affines with their codes, units and a NIfTI-2 header come back; a display range and a scale factor do not."""
-    for kind, codes in itertools.product((nib.Nifti1Image, nib.Nifti2Image), ((2, 1), (0, 1), (0, 0))):
+    for kind, codes in ((nib.Nifti1Image, (2, 1)), (nib.Nifti1Image, (0, 0)), (nib.Nifti2Image, (0, 1))):
         image = kind(np.ones((3, 4, 5), np.int16), None)
         image.header["cal_max"] = 500
         image.header.set_slope_inter(2, 3)
@@ -169,7 +170,7 @@ def fails(function, path, *words):
     assert line.startswith(path.name + ": ") and "\n" not in line and all(word in line for word in words), line
 
 
-def test_bad_volumes_are_one_line(tmp_path):
+def test_bad_volumes_are_one_line(tmp_path, caplog):
     fails(load_nifti, save(tmp_path / "series.nii", np.zeros((3, 4, 5, 6), np.int16)), "a 3D volume", "(3, 4, 5, 6)")
     fails(load_nifti, save(tmp_path / "complex.nii", np.zeros((3, 4, 5), np.complex64)), "one number per voxel")
     rgb = np.zeros((3, 4, 5), [("R", "u1"), ("G", "u1"), ("B", "u1")])
@@ -188,12 +189,15 @@ def test_bad_volumes_are_one_line(tmp_path):
     header[42:48] = struct.pack("<hhh", 30000, 30000, 30000)
     (tmp_path / "huge.nii").write_bytes(header)
     fails(load_nifti, tmp_path / "huge.nii", "54,000,000,000,000 bytes")
+    header[0:4], header[70:72] = bytes(4), b"\x04\x08"                   # sizeof_hdr and datatype
+    (tmp_path / "odd.nii").write_bytes(header)
+    fails(load_nifti, tmp_path / "odd.nii", "file: expected a NIfTI volume")
+    assert not caplog.records                                            # no lines of nibabel's beside ours
 
 
 def test_checksums_are_read(tmp_path):                                          # fault 31
     # Stored, not compressed: a flipped bit leaves the stream readable, and only the checksum tells.
     raw = save(tmp_path / "a.nii", RNG.integers(0, 255, (9, 9, 9), dtype=np.uint8)).read_bytes()
-    import gzip
     packed = bytearray(gzip.compress(raw, compresslevel=0))
     path = tmp_path / "b.nii.gz"
     path.write_bytes(packed)
@@ -242,11 +246,11 @@ def test_without_nibabel_one_line_says_how_to_get_it(tmp_path, monkeypatch):
 def test_a_volume_is_only_ever_held_as_uint8(tmp_path, monkeypatch):
     import tracemalloc
     monkeypatch.setattr(nifti, "SAMPLE", 1 << 12)
-    save(tmp_path / "a.nii.gz", np.zeros((200, 100, 200)))
+    save(tmp_path / "a.nii.gz", np.zeros((100, 100, 200)))
     tracemalloc.start()
     try:
         load_nifti(tmp_path / "a.nii.gz")
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 1e7                            # 4 MB as uint8, 32 MB as float64
+    assert peak < 6e6                            # 2 MB as uint8, 16 MB as float64
