@@ -15,26 +15,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..nets.mask_decoder import HEADS, Attention
+from ..nets.sam import Sam
 
 
 class TokenImageAttention:
-    """The two directions of cross attention between T tokens and an image, projections folded to the tokens' side."""
+    """The two directions of cross attention between T tokens and an image, projections folded to the tokens' side.
+
+    `inner` channels are what the attention projects to, d = inner / 8 those of a head.
+    """
 
     def __init__(self, attention: Attention):
         self.attention = attention
-        inner = attention.q_proj.out_features
-        self.scale = (inner // HEADS) ** -0.5
+        self.scale = (attention.q_proj.out_features // HEADS) ** -0.5
 
-    def heads(self, x: Tensor) -> Tensor:                                     # (N, T, inner)
-        return x.unflatten(2, (HEADS, -1)).transpose(1, 2)                    # (N, 8, T, d)
-
-    def by_head(self, weight: Tensor) -> Tensor:                              # (inner, 256)
+    @staticmethod
+    def by_head(weight: Tensor) -> Tensor:                                    # (inner, 256)
         return weight.unflatten(0, (HEADS, -1))                               # (8, d, 256)
 
     def to_image(self, q: Tensor, keys: Tensor, image: Tensor) -> Tensor:
-        """Tokens q (N, T, 256) read from image (N or 1, 4096, 256), keys = image + its positions -> (N, T, 256)."""
+        """What tokens q (N, T, 256) read from image (N or 1, 4096, 256), keys = image + positions: (N, T, 256)."""
         a, T = self.attention, q.shape[1]
-        q = self.heads(a.q_proj(q)) * self.scale                              # (N, 8, T, d)
+        q = a.split(a.q_proj(q)) * self.scale                                 # (N, 8, T, d)
         q = (q @ self.by_head(a.k_proj.weight)).flatten(1, 2)                 # (N, 8T, 256); the keys' bias cancels
         weights = product(q.to(keys.dtype), keys.transpose(1, 2)).softmax(-1)             # (N, 8T, 4096)
         read = product(weights, image).float().unflatten(1, (HEADS, T))       # (N, 8, T, 256)
@@ -42,27 +43,30 @@ class TokenImageAttention:
         return a.out_proj(read.transpose(1, 2).flatten(2) + a.v_proj.bias)    # (N, T, 256)
 
     def to_tokens(self, image: Tensor, queries: Tensor, keys: Tensor, tokens: Tensor) -> Tensor:
-        """image + what its pixels, queries = image + positions, read from the tokens -> (N, 4096, 256)."""
+        """The image plus what its pixels, queries = image + positions, read from the tokens: (N, 4096, 256)."""
         a, T = self.attention, tokens.shape[1]
-        k = self.heads(a.k_proj(keys)) * self.scale                           # (N, 8, T, d)
+        k = a.split(a.k_proj(keys)) * self.scale                              # (N, 8, T, d)
         bias = k @ a.q_proj.bias.unflatten(0, (HEADS, -1, 1))                 # (N, 8, T, 1)
         k = (k @ self.by_head(a.q_proj.weight)).flatten(1, 2)                 # (N, 8T, 256)
         scores = product(k.to(image.dtype), queries.transpose(1, 2)).unflatten(1, (HEADS, T))      # (N, 8, T, 4096)
         weights = (scores + bias.to(image.dtype)).softmax(2).flatten(1, 2)    # (N, 8T, 4096), over the tokens of a head
-        v = self.heads(a.v_proj(tokens)) @ self.by_head(a.out_proj.weight.T)  # (N, 8, T, 256)
+        v = a.split(a.v_proj(tokens)) @ self.by_head(a.out_proj.weight.T)     # (N, 8, T, 256)
         v = (v + a.out_proj.bias / HEADS).flatten(1, 2)                       # weights of a head sum to one
         return torch.baddbmm(image.expand(len(v), -1, -1), weights.transpose(1, 2), v.to(image.dtype))
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a (N, R, K) @ b (N or 1, K, C); one matrix product where b is shared."""
+    """The products a (N, R, K) @ b (N or 1, K, C): one large product where b is shared."""
     return a @ (b[0] if len(b) == 1 else b)
 
 
 class FastDecoder:
-    """Decoder of `model` (a Sam), with the same arguments and results as Sam.decode. dtype: of the image-sized products."""
+    """The decoder of a Sam, with the arguments and results of Sam.decode; `dtype` is that of the image-sized products.
 
-    def __init__(self, model, dtype: torch.dtype):
+    Any number N of prompts is taken, none too; memory grows by about 10 MB for each, so callers bring them in batches.
+    """
+
+    def __init__(self, model: Sam, dtype: torch.dtype):
         self.prompt_encoder, self.decoder, self.dtype = model.prompt_encoder, model.mask_decoder, dtype
         transformer = self.decoder.transformer
         self.positions = model.prompt_encoder.dense_pe().flatten(2).transpose(1, 2).to(dtype)      # (1, 4096, 256)
@@ -73,7 +77,7 @@ class FastDecoder:
         self.up = [self.as_matrix(first), self.as_matrix(second)]
 
     def as_matrix(self, layer: nn.ConvTranspose2d) -> tuple[Tensor, Tensor]:
-        """Weight (4·outputs, inputs) and bias (4·outputs) of a 2×2 transposed convolution; the 4 are (dy, dx)."""
+        """A 2×2 transposed convolution as weight (4·outputs, inputs) and bias (4·outputs,); the 4 are (dy, dx)."""
         weight = layer.weight.permute(2, 3, 1, 0).flatten(0, 2)
         return weight.contiguous().to(self.dtype), layer.bias.repeat(4).to(self.dtype)
 
@@ -85,10 +89,14 @@ class FastDecoder:
             dense = self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
         image = (embedding + dense).flatten(2).transpose(1, 2).contiguous().to(self.dtype)   # (N or 1, 4096, 256)
         tokens, image = self.transform(self.decoder.with_output_tokens(sparse), image)
-        kernels, iou = self.decoder.heads(tokens, multimask)
-        return torch.stack([self.upscale(one, kernel) for one, kernel in zip(image, kernels)]), iou
+        kernels, iou = self.decoder.heads(tokens, multimask)                  # (N, M, 32), (N, M)
+        logits = torch.empty(*iou.shape, 256, 256)
+        for k, kernel in enumerate(kernels):       # the image at four times its side is held for one prompt at a time
+            logits[k] = self.upscale(image[k], kernel)
+        return logits, iou                                                    # (N, M, 256, 256), (N, M)
 
     def transform(self, tokens: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """SAM's two-way transformer: tokens (N, T, 256) and image (N or 1, 4096, 256), each informed by the other."""
         transformer, token_pe = self.decoder.transformer, tokens
         for layer, (to_image, to_tokens) in zip(transformer.layers, self.cross):
             tokens = layer.attend_self(tokens, token_pe)
@@ -96,15 +104,18 @@ class FastDecoder:
             tokens = layer.norm2(tokens + to_image.to_image(tokens + token_pe, placed, image))
             tokens = layer.norm3(tokens + layer.mlp(tokens))
             image = to_tokens.to_tokens(image, placed, tokens + token_pe, tokens)
-            image = F.layer_norm(image, (256,), layer.norm4.weight.to(self.dtype), layer.norm4.bias.to(self.dtype),
-                                 layer.norm4.eps)                             # (N, 4096, 256)
+            image = self.layer_norm(image, layer.norm4)                       # (N, 4096, 256)
         read = self.final.to_image(tokens + token_pe, image + self.positions, image)
         return transformer.norm_final_attn(tokens + read), image
 
+    def layer_norm(self, x: Tensor, layer: nn.Module) -> Tensor:
+        """The layer norm `layer` over the last dimension of x, in `dtype`."""
+        return F.layer_norm(x, x.shape[-1:], layer.weight.to(self.dtype), layer.bias.to(self.dtype), layer.eps)
+
     def upscale(self, image: Tensor, kernels: Tensor) -> Tensor:
-        """One prompt's image (4096, 256) and M kernels (M, 32) -> logits (M, 256, 256)."""
+        """The logits (M, 256, 256) of one prompt from its image (4096, 256) and M kernels (M, 32)."""
         x = F.linear(image, *self.up[0]).reshape(-1, 64)                      # (4096·4, 64)
-        x = F.gelu(F.layer_norm(x, (64,), self.norm.weight.to(self.dtype), self.norm.bias.to(self.dtype), self.norm.eps))
+        x = F.gelu(self.layer_norm(x, self.norm))
         x = F.gelu(F.linear(x, *self.up[1])).reshape(-1, 32)                  # (4096·4·4, 32)
         logits = kernels @ x.T.float()                                        # (M, 64·64·2·2·2·2): y x dy dx dy dx
         logits = logits.reshape(-1, 64, 64, 2, 2, 2, 2).permute(0, 1, 3, 5, 2, 4, 6)
