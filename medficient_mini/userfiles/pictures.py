@@ -23,7 +23,7 @@ PERCENTILES = (0.5, 99.5)            # of the non-zero numbers, as MedSAM prepar
 SAMPLE = 1 << 23                     # numbers that percentiles are taken from; smaller images give all of theirs
 PHOTOMETRIC, ORIENTATION = 262, 274  # the TIFF fields that are looked at; EXIF has the second one too
 INVERTED, PALETTE = 0, 3             # values of PHOTOMETRIC: zero is white; numbers are indices of colours
-PNG, JPEG = b"\x89PNG", b"\xff\xd8"   # first bytes, which say more than a file's name
+PNG, JPEG = b"\x89PNG", b"\xff\xd8\xff"  # first bytes, which say more than a file's name
 COMPLAINT = re.compile(rb"^(Corrupt JPEG|Premature end of JPEG|Invalid SOS|libpng).*\n", re.MULTILINE)
 ONE_AT_A_TIME = threading.Lock()     # a process has one standard error
 TURNED = "turned as its EXIF orientation says"
@@ -132,14 +132,14 @@ def decode(data: bytes, path: Path) -> tuple[np.ndarray, str | None]:
     pixels, complaints = quietly(cv2.imdecode, np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None:
         raise ValueError(f"{path.name}: file: expected a PNG, JPEG, TIFF or BMP picture, found damaged or other data")
-    # A JPEG ends with the marker FF D9. One before the last FF DA, the start of a scan, is a thumbnail's.
+    # Every JPEG, a thumbnail within another one too, begins with FF D8 FF and ends with FF D9.
     damage = re.search(rb"^(Corrupt|Premature end of) JPEG.*", complaints, re.MULTILINE)
-    if damage or data.startswith(JPEG) and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+    if damage or data.startswith(JPEG) and data.count(b"\xff\xd9") < data.count(JPEG):
         raise ValueError(f"{path.name}: file: expected a whole JPEG picture, found a damaged one"
                          + (f" ({damage[0].decode()})" if damage else ""))
     tiff = tiff_fields(data)
     pages = quietly(cv2.imcount, str(path))[0] if tiff else 1
-    if pages > 1:
+    if pages and pages > 1:
         raise ValueError(f"{path.name}: file: expected one picture, found {pages} pages")
     if pixels.ndim == 3:
         if pixels.shape[2] not in (3, 4):
@@ -160,6 +160,8 @@ def tiff_fields(data: bytes) -> dict[int, int]:
     """Read the first number of each field in the first directory of TIFF or EXIF data; empty where there is none."""
     fields = {}
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[:4])
+    if order is None:
+        return fields
     try:
         start, = struct.unpack_from(f"{order}I", data, 4)
         count, = struct.unpack_from(f"{order}H", data, start)
@@ -167,7 +169,7 @@ def tiff_fields(data: bytes) -> dict[int, int]:
             tag, kind = struct.unpack_from(f"{order}HH", data, place)
             fields[tag], = struct.unpack_from(order + ("H" if kind == 3 else "I"), data, place + 8)
     except struct.error:
-        pass                                                                 # no such data, or cut short
+        pass                                                                 # cut short: what there is will do
     return fields
 
 

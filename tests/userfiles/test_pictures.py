@@ -196,8 +196,13 @@ def test_a_damaged_jpeg_is_refused(tmp_path, capfd):                            
                        "zeros": whole[:middle] + bytes(512) + whole[middle + 512:]}.items():
         (tmp_path / f"{name}.jpg").write_bytes(data)
         fails(tmp_path / f"{name}.jpg", "damaged")
-    (tmp_path / "tail.jpg").write_bytes(whole + b"appended by a camera")
-    assert load_picture(tmp_path / "tail.jpg")[0].shape == (160, 240, 3) and not capfd.readouterr().err
+    thumbnail = b"Exif\0\0" + exif(1) + cv2.imencode(".jpg", RGB)[1].tobytes()
+    thumbnail = b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail
+    # A film behind the picture, as some telephones append it, may hold any two bytes.
+    (tmp_path / "film.jpg").write_bytes(whole[:2] + thumbnail + whole[2:] + b"film \xff\xda")
+    assert load_picture(tmp_path / "film.jpg")[0].shape == (160, 240, 3) and not capfd.readouterr().err
+    (tmp_path / "thumbnail.jpg").write_bytes(whole[:2] + thumbnail + whole[2:-2])
+    fails(tmp_path / "thumbnail.jpg", "damaged")
 
 
 LINES = b"b.png: nothing found\na.jpg: file: expected a whole JPEG picture, found a damaged one (Corrupt JPEG data)\n"
