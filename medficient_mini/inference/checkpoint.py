@@ -27,10 +27,6 @@ LITE_MEDSAM_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c30
 ENCODER = "image_encoder."
 DEFAULT = Path(__file__).parents[1] / "weights" / "medficientsam_l1.pth"
 WRAPPERS = re.compile(r"^((_orig_mod|module|model|net)\.)+|_orig_mod\.")    # what training puts before their names
-# Types that often lie beside the tensors and that nothing here needs: options, paths, numpy's numbers and arrays.
-BESIDE_TENSORS = """argparse.Namespace pathlib.PosixPath pathlib.WindowsPath pathlib._local.PosixPath
-    pathlib._local.WindowsPath numpy.dtype numpy.ndarray numpy.core.multiarray.scalar numpy._core.multiarray.scalar
-    numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct""".split()
 
 
 def find_lite_medsam() -> Path:
@@ -61,7 +57,7 @@ def resolve(weights) -> Path:
 
 
 class _Ignored:
-    """Takes the place of every object of BESIDE_TENSORS, so that not even their own code is run."""
+    """What is put in place of the objects below, so that not even their own code is run."""
 
     def __new__(cls, *arguments):
         return super().__new__(cls)
@@ -70,10 +66,18 @@ class _Ignored:
         pass
 
 
+# Types that often lie beside the tensors and that nothing here needs: options, paths, numpy's numbers and arrays.
+BESIDE_TENSORS = """argparse.Namespace pathlib.PosixPath pathlib.WindowsPath pathlib._local.PosixPath
+    pathlib._local.WindowsPath numpy.dtype numpy.ndarray numpy.core.multiarray.scalar numpy._core.multiarray.scalar
+    numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct""".split()
+STAND_INS = [type(name, (_Ignored,), {"__module__": module})
+             for module, _, name in (path.rpartition(".") for path in BESIDE_TENSORS)]
+
+
 def read_torch(path):
     """Read a file of `torch.save` without running code. ValueError, one line, that says what else the file is."""
     try:
-        with torch.serialization.safe_globals([(_Ignored, name) for name in BESIDE_TENSORS]):
+        with torch.serialization.safe_globals(STAND_INS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:       # torch raises many kinds here; the user needs the file's name and one reason
         reason = first_line(str(error).rpartition("error: ")[2])
@@ -156,7 +160,7 @@ def load_strictly(model: torch.nn.Module, state: State, path) -> None:
 
 
 def load_model(weights: str | Path | None = None, decoder_weights: str | Path | None = None,
-               device: str | torch.device = "cpu", precision: str | None = None):
+               device="cpu", precision: str | None = None):
     """Load a network in evaluation mode from a checkpoint file.
 
     Args:
