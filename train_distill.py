@@ -182,8 +182,8 @@ class Distillation(nn.Module):
             means["mask"] = embedding.new_zeros(())
             if batch["box_valid"].any():
                 logits, masks = self.decode(embedding, batch)
-                cross_entropy = F.binary_cross_entropy_with_logits(logits[:, 0].float(), masks.float())
-                means["mask"] = dice_loss(logits, masks) + 4 * cross_entropy
+                pixels = F.binary_cross_entropy_with_logits(logits[:, 0].float(), masks.float(), reduction="none")
+                means["mask"] = dice_loss(logits, masks) + 4 * pixels.mean()
         return means
 
     forward = loss
