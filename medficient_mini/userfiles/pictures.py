@@ -53,13 +53,11 @@ def parse_window(words: list[str] | None) -> tuple[float, float] | None:
     """
     if words is None:
         return None
-    if len(words) == 1 and words[0] in WINDOWS:
-        return WINDOWS[words[0]]
     try:
-        level, width = map(float, words)
+        level, width = WINDOWS[words[0]] if len(words) == 1 else map(float, words)
         if np.isfinite([level, width]).all() and width > 0:
             return level, width
-    except ValueError:
+    except (KeyError, ValueError):
         pass
     raise ValueError(f"--window: expected LEVEL WIDTH with a width above 0, or one of {', '.join(WINDOWS)}, "
                      f"found {' '.join(words)}")
