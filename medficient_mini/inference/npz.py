@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import first_line, list_files, stray_kind, whole_file
-from .boxes import FieldError, as_text, check_boxes, check_columns, check_points  # noqa: F401 (check_points for others)
+from .boxes import FieldError, as_text, check_boxes, check_columns
 
 FIELDS = ("imgs", "boxes", "gts", "spacing", "segs")                # whatever else a file holds is not looked at
 PIECE = 1 << 20                                                     # numbers streamed at once

@@ -9,8 +9,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import odd_inputs  # noqa: E402
-from medficient_mini.inference.npz import (check_boxes, check_points, list_cases, modality_of, read_case,  # noqa: E402
-                                           read_header, read_labels, source_of, write_segs)
+from medficient_mini.inference.boxes import check_boxes, check_points  # noqa: E402
+from medficient_mini.inference.npz import (list_cases, modality_of, read_case, read_header, read_labels,  # noqa: E402
+                                           source_of, write_segs)
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 RNG = np.random.default_rng(0)
