@@ -46,7 +46,7 @@ def cases(tmp_path):
     np.savez(tmp_path / "in" / "2D_US_a.npz", imgs=squares((60, 90), [(20, 40, 30, 70)]), boxes=[[25, 15, 75, 45]])
     np.savez(tmp_path / "in" / "2D_US_b.npz", imgs=squares((64, 64), [(8, 56, 8, 56)]),
              boxes=[[24, 24, 40, 40], [4, 4, 60, 60]])
-    np.savez(tmp_path / "in" / "3D_CT_c.npz", imgs=squares((3, 64, 64), [])[:] + squares((64, 64), [(20, 44, 20, 44)]),
+    np.savez(tmp_path / "in" / "3D_CT_c.npz", imgs=np.stack([squares((64, 64), [(20, 44, 20, 44)])] * 3),
              boxes=[[16, 16, 0, 48, 48, 2]])
     return tmp_path / "in"
 
@@ -124,7 +124,7 @@ def test_objects_that_lose_their_masks_are_named(cases, tmp_path, run):
     """Issue 20: a box whose object ended with no pixel was nobody's business. Fault 38: nor was an empty result."""
     np.savez(cases / "2D_US_d.npz", imgs=squares((64, 64), [(8, 20, 8, 20)]), boxes=[[4, 4, 24, 24], [40, 40, 60, 60]])
     out, err = run("-i", cases, "-o", tmp_path / "out", "--overlap", "later")
-    assert len(err) == 2 and err[0].startswith("2D_US_b.npz: label 1: all ") and err[1] == "2D_US_d.npz: label 2: nothing found"
+    assert len(err) == 2 and err[0].startswith("2D_US_b.npz: label 1: 256 of the 256 pixels") and err[1] == "2D_US_d.npz: label 2: nothing found"
     lost = {row[0]: row[2] for row in rows(tmp_path / "out")}
     assert lost["2D_US_a.npz"] == "" and f"2D_US_b.npz: {lost['2D_US_b.npz']}" == err[0]
     out, err = run("-i", cases, "-o", tmp_path / "default")
@@ -132,7 +132,8 @@ def test_objects_that_lose_their_masks_are_named(cases, tmp_path, run):
 
 
 def test_separate_masks_of_objects_that_overlap(cases, tmp_path, run):
-    np.savez(cases / "3D_CT_d.npz", imgs=np.full((2, 64, 64), 255, np.uint8), boxes=[[4, 4, 0, 60, 60, 1], [9, 9, 0, 30, 30, 1]])
+    np.savez(cases / "3D_CT_d.npz", imgs=np.stack([squares((64, 64), [(6, 58, 6, 58)])] * 2),
+             boxes=[[4, 4, 0, 60, 60, 1], [9, 9, 0, 30, 30, 1]])
     run("-i", cases, "-o", tmp_path / "out", "--separate")
     masks = stored(tmp_path / "out" / "2D_US_b.npz", "masks")
     assert masks.dtype == bool and masks.shape == (2, 64, 64) and masks[1, 30, 30] and masks[0, 30, 30] and not masks[0, 10, 10]
@@ -230,18 +231,19 @@ def test_results_below_the_input_are_no_cases(cases, run):
     assert "3 of 3 cases" in run("-i", cases, "-o", cases / "out", "--overlay", cases / "pictures")[0]
 
 
-def test_the_default_weights_find_the_demo_objects(tmp_path, capsys):
-    """The shipped weights, through the whole way, against the truth that the demo cases hold."""
-    before = torch.get_num_threads()
-    try:
-        assert infer.main(["-i", str(DEMO), "-o", str(tmp_path), "--threads", "1"]) == 0
-    finally:
-        torch.set_num_threads(before)
-    for path in DEMO.glob("*.npz"):
-        truth, segs = stored(path, "gts"), stored(tmp_path / path.name)
+def test_the_default_weights_find_the_demo_objects(tmp_path, one_thread):
+    """The shipped weights, through the whole way, against the truth that the demo cases hold; of the volume 3 slices."""
+    shutil.copytree(DEMO, tmp_path / "in", ignore=shutil.ignore_patterns("3D*"))
+    with np.load(DEMO / "3D_CT_demo.npz") as whole:
+        boxes = whole["boxes"].copy()
+        boxes[:, [2, 5]] = np.clip(boxes[:, [2, 5]].astype(int) - 9, 0, 2)
+        np.savez(tmp_path / "in" / "3D_CT_demo.npz", imgs=whole["imgs"][9:12], gts=whole["gts"][9:12], boxes=boxes)
+    assert infer.main(["-i", str(tmp_path / "in"), "-o", str(tmp_path / "out")]) == 0
+    for path in (tmp_path / "in").glob("*.npz"):
+        truth, segs = stored(path, "gts"), stored(tmp_path / "out" / path.name)
         for label in np.unique(truth[truth > 0]):
             dsc = 2 * ((segs == label) & (truth == label)).sum() / ((segs == label).sum() + (truth == label).sum())
-            assert dsc > (0.8 if path.name.startswith("3D") else 0.9), (path.name, label, dsc)
+            assert dsc > 0.9, (path.name, label, dsc)            # 0.939 to 0.987 when it was written
 
 
 def test_neither_torchvision_nor_scipy_is_imported():

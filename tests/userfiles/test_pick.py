@@ -9,22 +9,20 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from fakes import BrightSam
+from fakes import BrightSam, squares
 
 from medficient_mini.inference.npz import Case
-from medficient_mini.userfiles.pick import Picker, require_display
+from medficient_mini.userfiles.pick import Picker, pick
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def bright(shape, y0, y1, x0, x1):
-    image = np.zeros(shape, np.uint8)
-    image[..., y0:y1, x0:x1] = 255
-    return image
-
-
 def image_case():
-    return Case("a.png", "US", image=np.repeat(bright((128, 200), 40, 80, 60, 120)[..., None], 3, 2))
+    return Case("a.png", "US", image=np.repeat(squares((128, 200), [(40, 80, 60, 120)])[..., None], 3, 2))
+
+
+def picker_of(case):
+    return Picker(BrightSam(), case, "inside")
 
 
 def drag(picker, x0, y0, x1, y1):
@@ -42,36 +40,38 @@ def press(picker, keys):
 
 
 def test_a_drag_makes_a_box_and_its_mask_at_once():
-    model = BrightSam()
-    picker = Picker(model, image_case())
+    picker = picker_of(image_case())
     drag(picker, 125, 85, 55, 35)                                # from the lower right corner too
-    assert np.allclose(picker.boxes, [[55, 35, 125, 85]], atol=0.5)
-    assert abs(picker.masks[0].sum() - 40 * 60) < 150
+    assert np.allclose(picker.objects[0].box, [55, 35, 125, 85], atol=0.5)
+    assert abs((picker.labels() == 1).sum() - 40 * 60) < 150
     drag(picker, 70, 45, 300, 300)                               # beyond the border
-    assert picker.boxes[1][2:] == [199, 127] and model.encoded == 1
-    segs = picker.finish()
-    assert segs.shape == (128, 200) and set(np.unique(segs)) == {0, 1, 2} and segs[60, 100] == 2 and segs[60, 64] == 1
-    assert picker.case.boxes.shape == (2, 4)
+    assert picker.objects[1].box[2:] == [199, 127] and picker.model.encoded == 1
+    drag(picker, 80, 50, 110, 70)
+    labels = picker.labels()                                     # the object inside the others is on top
+    assert labels[60, 100] == 3 and labels[60, 64] == 1
+    picker.finish()
+    assert picker.case.boxes.shape == (3, 4) and picker.case.boxes[1].tolist() == picker.objects[1].box
 
 
 def test_a_click_is_no_box_and_undo_takes_the_last():
-    picker = Picker(BrightSam(), image_case())
+    picker = picker_of(image_case())
     drag(picker, 50, 50, 50, 50)
     picker.mouse(cv2.EVENT_MOUSEMOVE, 10, 10, 0, None)
-    assert not picker.boxes and picker.pressed is None
+    assert not picker.objects and picker.pressed is None
     drag(picker, 55, 35, 125, 85)
     drag(picker, 10, 10, 50, 50)
     press(picker, "u")
-    assert len(picker.boxes) == len(picker.masks) == len(picker.slices) == 1
+    assert len(picker.objects) == 1
     press(picker, "uux")
-    assert not picker.boxes and picker.done is None
+    assert not picker.objects and picker.done is None
     press(picker, "s")
-    assert picker.done == "save" and not picker.finish().any()
+    picker.finish()
+    assert picker.done == "save" and picker.case.boxes.shape == (0, 4)
 
 
 @pytest.mark.parametrize("code", [ord("q"), 27])
 def test_quitting(code):
-    picker = Picker(BrightSam(), image_case())
+    picker = picker_of(image_case())
     for code_without_meaning in (-1, 81, 83):                               # none; the left and right arrow keys
         picker.key(code_without_meaning)
     assert picker.done is None
@@ -79,29 +79,39 @@ def test_quitting(code):
     assert picker.done == "quit"
 
 
+def test_it_is_drawn_only_when_something_changed(monkeypatch):
+    """Fault 17: every idle tick drew the picture anew."""
+    shown, keys = [], iter([-1] * 5 + [ord("n")] + [-1] * 5 + [ord("s"), -1])
+    for name in ("namedWindow", "setMouseCallback", "destroyAllWindows"):
+        monkeypatch.setattr(cv2, name, lambda *_: None)
+    monkeypatch.setattr(cv2, "getWindowProperty", lambda *_: 1)
+    monkeypatch.setattr(cv2, "imshow", lambda window, picture: shown.append(window))
+    monkeypatch.setattr(cv2, "waitKey", lambda _: next(keys))
+    assert pick(BrightSam(), Case("v.nii", "CT", volume=np.zeros((5, 64, 64), np.uint8)), "inside")
+    assert shown == ["v.nii - medficient_mini"] * 2
+
+
 @pytest.mark.parametrize("shape, longest", [((128, 200), 512), ((40, 20), 512), ((700, 300), 700), ((3000, 4000), 900)])
 def test_the_picture_fits_a_screen(shape, longest):
-    picker = Picker(BrightSam(), Case("a.png", "US", image=np.zeros((*shape, 3), np.uint8)))
-    shown = picker.render()
+    shown = picker_of(Case("a.png", "US", image=np.zeros((*shape, 3), np.uint8))).render()
     assert shown.dtype == np.uint8 and shown.shape[2] == 3 and max(shown.shape[0] - 44, shown.shape[1]) == longest
 
 
 def test_what_is_shown_follows_the_drawing():
-    picker = Picker(BrightSam(), image_case())
+    picker = picker_of(image_case())
     empty = picker.render()
     picker.mouse(cv2.EVENT_LBUTTONDOWN, 100, 80, 0, None)
     picker.mouse(cv2.EVENT_MOUSEMOVE, 340, 240, 0, None)
     dragging = picker.render()
-    assert (dragging != empty)[80:240].any() and not picker.boxes
+    assert (dragging != empty)[80:240].any() and not picker.objects
     picker.mouse(cv2.EVENT_LBUTTONUP, 340, 240, 0, None)
     changed = (picker.render() != dragging).any(2)
     assert changed[110:200, 160:300].mean() > 0.9                # the tint of the mask
 
 
 def test_slices_of_a_volume():
-    volume = np.stack([bright((64, 64), 20, 44, 10 + 2 * z, 34 + 2 * z) for z in range(9)])
-    case = Case("v.nii", "CT", volume=volume)
-    picker = Picker(BrightSam(), case)
+    volume = np.stack([squares((64, 64), [(20, 44, 10 + 2 * z, 34 + 2 * z)]) for z in range(9)])
+    picker = picker_of(Case("v.nii", "CT", volume=volume))
     assert picker.z == 4
     press(picker, "fl")                                          # no box yet
     press(picker, "pp")
@@ -111,26 +121,15 @@ def test_slices_of_a_volume():
     press(picker, "nfn" + "n" * 20)
     assert picker.z == 8
     press(picker, "ppl")
-    assert picker.slices == [(1, 2, 6)]
+    drawn = picker.objects[0]
+    assert (drawn.first, drawn.z, drawn.last) == (1, 2, 6)
     press(picker, "f")                                           # first stays at or before the slice drawn on
-    assert picker.slices == [(2, 2, 6)]
+    assert drawn.first == 2
     press(picker, "pppppfnnnnn")
-    segs = picker.finish()
-    assert np.allclose(case.boxes, [[10, 15, 1, 43, 50, 6]], atol=0.5) and case.start.tolist() == [2]
-    assert segs.shape == volume.shape and [bool(s.any()) for s in segs] == [False] + [True] * 6 + [False] * 2
-    assert (segs[2] > 0).sum() == picker.masks[0].sum()          # what was shown is what is saved
-    assert picker.render().shape[0] == 512 + 44
-
-
-def test_without_a_display_one_line(monkeypatch):
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.delenv("DISPLAY", raising=False)
-    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
-    with pytest.raises(ValueError, match="^--pick: expected a screen [^\n]*$"):
-        require_display()
-    monkeypatch.setenv("DISPLAY", ":9876")                       # set, but nobody answers
-    with pytest.raises(ValueError, match="^--pick: expected a screen [^\n]*$"):
-        require_display()
+    assert not picker.labels().any() and picker.render().shape[0] == 512 + 44        # the mask is shown where it was drawn
+    picker.finish()
+    assert np.allclose(picker.case.boxes, [[10, 15, 1, 43, 50, 6]], atol=0.5)
+    assert picker.case.drawn_slice.tolist() == [2]
 
 
 @pytest.fixture
@@ -156,13 +155,14 @@ SCRIPT = """
 import sys
 import numpy as np
 sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/userfiles")
 from fakes import BrightSam
 from test_pick import image_case
 from medficient_mini.userfiles.pick import pick, require_display
 require_display()
 case = image_case()
-segs = pick(BrightSam(), case)
-np.savez(sys.argv[1], segs=[] if segs is None else segs, boxes=[] if segs is None else case.boxes)
+saved = pick(BrightSam(), case, "inside")
+np.savez(sys.argv[1], boxes=case.boxes, saved=saved)
 """
 
 
@@ -196,6 +196,4 @@ def test_on_a_virtual_screen_with_a_scripted_mouse(screen, tmp_path):
     finally:
         program.kill()
     with np.load(tmp_path / "picked.npz") as picked:
-        scale = 512 / 200
-        assert np.allclose(picked["boxes"], np.array([[140, 90, 318, 216]]) / scale - 0.5, atol=0.8)
-        assert abs(int((picked["segs"] == 1).sum()) - 40 * 60) < 150
+        assert picked["saved"] and np.allclose(picked["boxes"], np.array([[140, 90, 318, 216]]) / (512 / 200) - 0.5, atol=0.8)

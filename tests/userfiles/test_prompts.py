@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from fakes import BrightSam
 
+from medficient_mini.inference.compose import Composition
 from medficient_mini.inference.npz import read_case
-from medficient_mini.userfiles.prompts import (add_prompt_options, check_prompts, draw_points, list_user_files, read_boxes,
-                                               read_user_case, segment_points, write_user_case)
+from medficient_mini.userfiles.prompts import (add_prompt_options, check_prompts, list_user_files, read_boxes,
+                                               read_user_case, segment_points)
+from medficient_mini.userfiles.results import write
 
 RNG = np.random.default_rng(0)
 IMAGE = RNG.integers(0, 256, (30, 40), dtype=np.uint8)
@@ -120,6 +122,7 @@ def test_a_picture_with_boxes_and_points(picture):
     assert case.points.tolist() == [[39.5, 29]] and case.point_labels.tolist() == [0]
     case = read(picture, "--point 3 4 --not 5 6 --window 100 50")
     assert case.boxes.shape == (0, 4) and case.point_labels.tolist() == [1, 0] and "level 100" in case.intensity
+    assert len(case.warnings) == 1 and case.warnings[0].startswith("a.png: points without a box")
 
 
 @pytest.mark.parametrize("words, line", [
@@ -155,17 +158,23 @@ def test_boxes_on_a_reversed_axis(tmp_path):
 
 @pytest.mark.parametrize("words, line", [
     ("--box 1 2 3 4", "boxes: expected 6 numbers"), ("--point 1 2", "--point, --not"), ("--box 1 2 9 5 6 3", "boxes"),
-    ("--box 1 2 12 5 6 15", "boxes: expected a box that touches the 8×9×10 volume"),
-    ("--box 1 2 3 4 --z 12 15", "boxes"), ("--box 1 2 3 4 --z 3 7 --slice 8", "--slice: expected")])
+    ("--box 1 2 12 5 6 15", "boxes: expected a box that touches the 8×9×10"),
+    ("--box 1 2 3 4 --z 12 15", "boxes")])
 def test_bad_prompts_on_a_volume(volume, words, line):
     with pytest.raises(ValueError, match=f"^{line}[^\n]*$"):
         read(volume, words)
 
 
+def composition(segs):
+    found = Composition(segs.shape, int(segs.max()))
+    found.labels[:] = segs
+    return found
+
+
 def test_results_of_a_picture(tmp_path, picture):
     case = read(picture, "--box 1 2 5 6 --point 3 4")
     segs = (IMAGE > 128).astype(np.uint8)
-    write_user_case(tmp_path / "out", case, segs, made_with="{}")
+    write(tmp_path / "out", case, composition(segs), False, made_with="{}")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.npz", "a_mask.png"]
     with np.load(tmp_path / "out/a.npz", allow_pickle=False) as file:
         assert sorted(file.files) == ["boxes", "intensity", "made_with", "point_labels", "points", "segs"]
@@ -177,7 +186,7 @@ def test_results_of_a_volume(tmp_path, volume):
     nib = pytest.importorskip("nibabel")
     case = read(volume, "--box 1 2 3 5 6 7")
     segs = (case.volume > 99).astype(np.uint16) * 300
-    write_user_case(tmp_path / "out", case, segs)
+    write(tmp_path / "out", case, composition(segs), False)
     before, mask = nib.load(volume), nib.load(tmp_path / "out" / "v_mask.nii.gz")
     assert (mask.affine == before.affine).all() and mask.get_data_dtype() == np.uint16
     assert (np.asarray(mask.dataobj) == (np.asarray(before.dataobj) > 99) * 300).all()
@@ -197,13 +206,11 @@ def test_points_and_a_box_reach_the_network(picture):
     model = Seen()
     case = read(picture, "--point 3 4 --not 5 6")
     segs = segment_points(model, case)
-    assert segs.shape == IMAGE.shape and segs.dtype == np.uint8 and segs.all()
+    assert segs.labels.shape == IMAGE.shape and segs.labels.dtype == np.uint8 and segs.labels.all()
+    assert segs.mask_sizes.tolist() == [IMAGE.size]
     boxes, (points, labels) = model.seen
     # A lone point may come with SAM's padding point; the given ones come first.
     assert boxes is None and labels[0, :2].tolist() == [1, 0]
     assert points[0, :2].numpy() == pytest.approx(np.array([[3, 4], [5, 6]]) * 512 / 40)
     segment_points(model, read(picture, "--box 1 2 20 25 --not 5 6"))
     assert model.seen[0][0].tolist() == pytest.approx([12.8, 25.6, 256, 320]) and model.seen[1][1][0, 0] == 0
-    shown = np.zeros((300, 400, 3), np.uint8)
-    draw_points(shown, case)
-    assert shown[45, 35].tolist() == [0, 200, 0] and shown[65, 55].tolist() == [230, 0, 0]
