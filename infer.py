@@ -30,9 +30,9 @@ from medficient_mini.userfiles.pick import pick, require_display
 from medficient_mini.userfiles.pictures import stem_of
 from medficient_mini.userfiles.prompts import (add_prompt_options, check_prompts, list_user_files, read_user_case,
                                                segment_points)
-from medficient_mini.userfiles.results import add_row, digest, draw, made_with, what_changed, write
+from medficient_mini.userfiles.results import digest, made_with, show, what_changed, write
 
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 # The options that decide a result, besides the files of weights.
 DECISIVE = ("precision", "propagation", "overlap", "separate", "z_exclusive", "point", "background", "pick", "z",
             "slice", "axis", "window")
@@ -75,8 +75,7 @@ def share_of(part: str | None) -> tuple[int, int]:
     from something else. ValueError for anything but 1/3, 2/3 or 3/3.
     """
     if part is None:
-        under_torchrun = all(name in os.environ for name in TORCHRUN)
-        return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if under_torchrun else (0, 1)
+        return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if TORCHRUN <= os.environ.keys() else (0, 1)
     k, n = map(int, part.split("/")) if re.fullmatch(r"\d+/\d+", part) else (0, 0)
     if not 1 <= k <= n:
         raise ValueError(f"--part: expected K/N with 1 <= K <= N, found {part}")
@@ -92,7 +91,7 @@ def list_inputs(arguments) -> tuple[dict, list[str]]:
     try:
         cases, wrong = list_user_files(arguments) if arguments.own_files else (dict.fromkeys(list_cases(source)), [])
     except ValueError as error:
-        hint = "" if arguments.own_files else " (pictures and volumes need --box, --boxes, --point or --pick)"
+        hint = " (pictures and volumes need --box, --boxes, --point or --pick)" * (not arguments.own_files)
         raise ValueError(f"{error}{hint}") from None
     if output == (source if source.is_dir() else source.parent).resolve():
         raise ValueError(f"{arguments.output}: expected another folder for the masks than that of the cases")
@@ -125,20 +124,6 @@ def segment(model, case, arguments, bar):
         return segment_image(model, case.image, case.boxes, **options)
     return segment_volume(model, case.volume, case.boxes, case.drawn_slice, arguments.propagation,
                           cache_mb=arguments.cache_mb, progress=lambda *slices: bar.set("slice %d of %d" % slices), **options)
-
-
-def show(case, labels, arguments) -> None:
-    """Write the picture of a case: always of a user's own file, of an NPZ case with --overlay."""
-    if arguments.own_files or arguments.overlay:
-        name = stem_of(case.name) + "_overlay" * arguments.own_files
-        draw((arguments.overlay or arguments.output) / f"{name}.png", case, labels)
-
-
-def write_results(case, found, arguments, origin: str, seconds: float) -> None:
-    """Write the picture, the masks and the row of a case."""
-    show(case, found.labels, arguments)
-    write(arguments.output, case, found, arguments.separate, made_with=origin)
-    add_row(arguments.output, case, seconds, found)
 
 
 def run(arguments) -> int:
@@ -184,7 +169,7 @@ def run(arguments) -> int:
                 seconds = time.perf_counter() - began
                 for line in lost_objects(found):
                     bar.write(f"{case.name}: {line}")
-                written.append((path, writer.submit(write_results, case, found, arguments, origin, seconds)))
+                written.append((path, writer.submit(write, case, found, arguments, origin, seconds)))
                 wait([job for _, job in written[-2:-1]])          # at most one case waits to be written
             except Exception as error:                           # whatever is wrong with a case, it costs one line
                 wrong.append(about(path, error))

@@ -176,7 +176,7 @@ def test_few_cases_wait_to_be_written(cases, tmp_path, run, monkeypatch):
         shutil.copy(cases / "2D_US_a.npz", cases / f"2D_US_{k}.npz")
     events, right = [], infer.segment_image
     monkeypatch.setattr(infer, "segment_image", lambda *a, **o: events.append(1) or right(*a, **o))
-    monkeypatch.setattr(infer, "write_results", lambda *_: time.sleep(0.02) or events.append(-1))
+    monkeypatch.setattr(infer, "write", lambda *_: time.sleep(0.02) or events.append(-1))
     run("-i", cases, "-o", tmp_path / "out")
     assert max(np.cumsum(events)) <= 3 and sum(events) == -1                                # one more is a volume
 

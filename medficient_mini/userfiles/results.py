@@ -13,6 +13,7 @@ from ..show.draw import contact_sheet, overlay, save_png
 from .nifti import save_label_nifti
 from .pictures import save_label_picture, stem_of
 
+FIELDS = ("boxes", "points", "point_labels", "intensity", "spacing")
 POINT_COLOURS = (230, 0, 0), (0, 200, 0)        # beside the object, on it
 
 
@@ -48,42 +49,49 @@ def what_changed(path: Path, decisive: dict, folder: Path) -> str | None:
         return "the result does not say what made it"
 
 
-def draw(path: Path, case: Case, labels: np.ndarray) -> None:
-    """Write the picture of a case with its masks, boxes and points: green on the object, red beside it."""
-    picture = contact_sheet(case.volume, labels, case.boxes) if case.is_3d else overlay(case.image, labels, case.boxes)
+def show(case: Case, labels: np.ndarray, arguments) -> None:
+    """Write the picture of a case: masks, boxes and points, green on the object, red beside it.
+
+    That of an NPZ case is wanted only with --overlay; that of a user's own file lies beside its masks without it.
+    """
+    if not (arguments.own_files or arguments.overlay):
+        return
+    draw = contact_sheet if case.is_3d else overlay
+    picture = draw(case.volume if case.is_3d else case.image, labels, case.boxes)
     if case.points is not None:
         scale = picture.shape[0] / case.shape[0]
         for point, label in zip(case.points, case.point_labels):
             centre = ((point + 0.5) * scale).astype(int).tolist()
             for radius, colour in (5, (255, 255, 255)), (4, POINT_COLOURS[label]):
                 cv2.circle(picture, centre, radius, colour, -1, cv2.LINE_AA)
-    save_png(path, picture)
+    name = stem_of(case.name) + "_overlay" * arguments.own_files
+    save_png((arguments.overlay or arguments.output) / f"{name}.png", picture)
 
 
-def write(folder: Path, case: Case, found: Composition, separate: bool, **extra) -> None:
-    """Write the masks of a case; the NPZ comes last: where it is, the case is finished.
+def write(case: Case, found: Composition, arguments, origin: str, seconds: float) -> None:
+    """Write the picture and the masks of a case, and its row of efficiency.csv.
 
     Of a user's own file the labels become STEM_mask.png, or STEM_mask.nii.gz on the file's own grid, and STEM.npz
-    holds its `boxes`, `points`, `intensity` and `spacing` as they lie on the slices beside `segs` and `extra`.
-    With `separate`, and where objects overlap, the NPZ also holds each object's own mask: `masks` bool (N, H, W) of
-    an image, `bits` of a volume (see `Composition`).
+    holds its `boxes`, `points`, `intensity` and `spacing` as they lie on the slices beside `segs`. With --separate,
+    where objects overlap, the NPZ also holds each object's own mask: `masks` bool (N, H, W) of an image, `bits` of a
+    volume (see `Composition`). The NPZ comes after the pictures: where it is, the case is finished.
     """
-    stem = stem_of(case.name)
+    show(case, found.labels, arguments)
+    target, fields = arguments.output / stem_of(case.name), {"made_with": origin}
     if case.grid is not None:
-        save_label_nifti(folder / f"{stem}_mask.nii.gz", found.labels, case.grid)
-    elif case.intensity:
-        save_label_picture(folder / f"{stem}_mask.png", found.labels)
-    if case.intensity:
-        fields = {name: getattr(case, name) for name in ("boxes", "points", "point_labels", "intensity", "spacing")}
-        extra |= {name: value for name, value in fields.items() if value is not None}
-    if separate and found.mask_sizes.sum() > found.kept_sizes().sum():
-        extra |= {"bits": found.bits} if case.is_3d else {"masks": found.masks()}
-    write_segs(folder / f"{stem}.npz", found.labels, **extra)
+        save_label_nifti(target.with_name(f"{target.name}_mask.nii.gz"), found.labels, case.grid)
+    elif arguments.own_files:
+        save_label_picture(target.with_name(f"{target.name}_mask.png"), found.labels)
+    if arguments.own_files:
+        fields |= {name: getattr(case, name) for name in FIELDS if getattr(case, name) is not None}
+    if arguments.separate and found.mask_sizes.sum() > found.kept_sizes().sum():
+        fields |= {"bits": found.bits} if case.is_3d else {"masks": found.masks()}
+    write_segs(target.with_name(f"{target.name}.npz"), found.labels, **fields)
+    add_row(arguments.output / "efficiency.csv", case.name, f"{seconds:.3f}", "; ".join(lost_objects(found)))
 
 
-def add_row(folder: Path, case: Case, seconds: float, found: Composition) -> None:
-    """Append a case to efficiency.csv: its seconds, and the objects it lost. In one write, as several jobs share it."""
-    path = folder / "efficiency.csv"
-    heading = [] if path.exists() else [("case", "seconds", "lost")]          # may come twice: readers skip it anywhere
+def add_row(path: Path, *row: str) -> None:
+    """Append a row to a table of seconds and lost objects, in one write, as several jobs share the file."""
+    heading = [] if path.exists() else [("case", "seconds", "lost")]          # twice at worst: readers skip it anywhere
     with open(path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file).writerows([*heading, (case.name, f"{seconds:.3f}", "; ".join(lost_objects(found)))])
+        csv.writer(file).writerows([*heading, row])

@@ -165,6 +165,10 @@ def test_bad_prompts_on_a_volume(volume, words, line):
         read(volume, words)
 
 
+def options(folder):
+    return argparse.Namespace(output=folder, overlay=None, own_files=True, separate=False)
+
+
 def composition(segs):
     found = Composition(segs.shape, int(segs.max()))
     found.labels[:] = segs
@@ -174,8 +178,9 @@ def composition(segs):
 def test_results_of_a_picture(tmp_path, picture):
     case = read(picture, "--box 1 2 5 6 --point 3 4")
     segs = (IMAGE > 128).astype(np.uint8)
-    write(tmp_path / "out", case, composition(segs), False, made_with="{}")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.npz", "a_mask.png"]
+    write(case, composition(segs), options(tmp_path / "out"), "{}", 1.0)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.npz", "a_mask.png", "a_overlay.png",
+                                                                       "efficiency.csv"]
     with np.load(tmp_path / "out/a.npz", allow_pickle=False) as file:
         assert sorted(file.files) == ["boxes", "intensity", "made_with", "point_labels", "points", "segs"]
         assert (file["segs"] == segs).all() and str(file["made_with"]) == "{}"
@@ -186,7 +191,7 @@ def test_results_of_a_volume(tmp_path, volume):
     nib = pytest.importorskip("nibabel")
     case = read(volume, "--box 1 2 3 5 6 7")
     segs = (case.volume > 99).astype(np.uint16) * 300
-    write(tmp_path / "out", case, composition(segs), False)
+    write(case, composition(segs), options(tmp_path / "out"), "{}", 1.0)
     before, mask = nib.load(volume), nib.load(tmp_path / "out" / "v_mask.nii.gz")
     assert (mask.affine == before.affine).all() and mask.get_data_dtype() == np.uint16
     assert (np.asarray(mask.dataobj) == (np.asarray(before.dataobj) > 99) * 300).all()
