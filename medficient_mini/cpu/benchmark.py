@@ -1,23 +1,22 @@
 """Speed and memory on this machine, beside the published figures.
 
-    python -m medficient_mini.cpu.benchmark                    # Table 5: the five networks
-    python -m medficient_mini.cpu.benchmark --infer            # plain against fast, f32 against bf16 against int8
+    python -m medficient_mini.cpu.benchmark              # Table 5: the five networks, random weights
+    python -m medficient_mini.cpu.benchmark --infer      # the forms of one network: plain, f32, bf16, int8
 
-The 2D case has 2604×1726 pixels and four boxes, the 3D case 40×512×512 voxels and six; both are drawn here, so no data
-are needed. Table 5 takes random weights (times hardly depend on them), `--infer` those of --weights. Forms that are
-compared run in turn, in one process, and the median counts; memory is the largest resident size of a process of its own.
+The 2D case has 2604×1726 pixels and four boxes, the 3D case 40×512×512 voxels and six, the large one 4000×4000 pixels
+and 200; all are drawn here. Forms that are compared take turns, so that a busy spell of the machine meets all alike;
+minimum and median are given. Memory is the largest resident size of a process of its own.
 """
 import argparse
-import importlib.metadata
-import json
+import math
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -25,80 +24,78 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..inference.checkpoint import load_model
-from .fast import PRECISIONS, missing_operator, resolve_precision, to_fast
-from ..nets.efficientvit import EfficientViTSam
-from ..nets.sam import NETWORKS, build_sam
+from ..inference.checkpoint import load_model, resolve
 from ..inference.predictor import decode_boxes, segment_image
 from ..inference.volume import segment_volume
+from ..machine import native_bf16
+from ..nets.sam import NETWORKS, build_sam
+from .fast import PRECISIONS, missing_operator, resolve_precision, to_fast
 
 # MedficientSAM, Tables 1 and 5, as the authors' README and flop_counter notebook (github.com/hieplpvip/medficientsam)
 # repeat them, on an Intel Core i9-10900K: multiply-adds (G), 2D and 3D seconds, 2D and 3D megabytes. Their counter adds
-# norms and interpolation, ours counts products alone. LiteMedSAM's seconds: see report.py. Of MedSAM's row only the
-# multiply-adds were found, so the rest is left out.
+# norms and interpolation, ours counts products alone. Of MedSAM's row only the multiply-adds were found.
 PUBLISHED = {
-    "medsam_vit_b": (488.24, None, None, None, None),
-    "lite_medsam": (39.98, 5.1, 42.6, None, None),
+    "medsam_vit_b": (488.24, "–", "–", "–", "–"),
+    "lite_medsam": (39.98, 5.1, 42.6, "–", "–"),
     "medficientsam_l0": (36.80, 0.9, 7.4, 448, 687),
     "medficientsam_l1": (51.05, 1.0, 9.0, 553, 793),
     "medficientsam_l2": (70.71, 1.1, 11.1, 663, 903),
 }
-ROOT = Path(__file__).resolve().parents[2]
+CASES = {"2D": (1, 2604, 1726, 4), "3D": (40, 512, 512, 6), "large": (1, 4000, 4000, 200)}   # D, H, W, boxes
+PRODUCT_SIDE = 2048                  # of a square matrix product, to compare the encoder's speed with
+MODULE, ROOT = "medficient_mini.cpu.benchmark", Path(__file__).resolve().parents[2]
+
+# A process counts the memory of the one that started it as its own peak, so a small one stands between.
+BETWEEN = """import resource, subprocess, sys, time
+start = time.perf_counter()
+code = subprocess.call(sys.argv[1:])
+print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)"""
 
 
-# ------------------------------------------------------------------------------------------------- machine and cases
-
-def machine() -> dict[str, str]:
-    """The rows of the paper's Table 1, of this machine."""
-    def from_file(path, start):
-        try:
-            lines = Path(path).read_text().splitlines()
-        except OSError:
-            return None
-        return next((line.split(start, 1)[1].strip(' \t:="') for line in lines if line.startswith(start)), None)
-
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return {
-        "System": from_file("/etc/os-release", "PRETTY_NAME") or platform.platform(),
-        "CPU": f"{from_file('/proc/cpuinfo', 'model name') or platform.processor()}, {os.cpu_count()} cores, "
-               f"{torch.backends.cpu.get_cpu_capability()}, native bf16: {'yes' if resolve_precision() == 'bf16' else 'no'}",
-        "RAM": f"{memory:.0f} GB",
-        "GPU (number and type)": f"{torch.cuda.device_count()} {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else "none used",
-        "Programming language": f"Python {platform.python_version()}",
-        "Deep learning framework": f"torch {torch.__version__}, torchvision {importlib.metadata.version('torchvision')}",
-        "Threads": str(torch.get_num_threads()),
-    }
-
-
-def scene(depth: int, height: int, width: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(depth, height, width) uint8 with `count` bright ellipsoids on a soft background, and their boxes (count, 6)."""
-    rng = np.random.default_rng(0)
-    noise = rng.normal(0, 12, (height, width)).astype(np.float32)
-    background = cv2.resize(rng.uniform(20, 110, (8, 8)).astype(np.float32), (width, height)) + noise
-    volume = np.repeat(background.clip(0, 255).astype(np.uint8)[None], depth, axis=0)
-    boxes, radius_z = [], max(depth * 0.4, 0.5)
+@cache
+def draw_case(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A case of CASES: image uint8 (H, W, 3) or volume (D, H, W) with an ellipse in each box, boxes (N, 4) or (N, 6)."""
+    depth, height, width, count = CASES[name]
+    pixels = np.random.default_rng(0).integers(20, 110, (height, width), np.uint8)
+    columns = math.ceil(count**0.5)
+    half_x, half_y, boxes = width // columns // 3, height // columns // 3, []
     for k in range(count):
-        x, y = width * (k + 0.5) / count, height * rng.uniform(0.3, 0.7)
-        rx, ry, middle = width / count * rng.uniform(0.2, 0.4), height * rng.uniform(0.1, 0.2), (depth - 1) / 2
-        for z in range(depth):
-            size = np.sqrt(max(0.0, 1 - ((z - middle) / radius_z) ** 2))
-            if size > 0.2 or depth == 1:
-                cv2.ellipse(volume[z], (int(x), int(y)), (int(rx * size), int(ry * size)), 0, 0, 360, 200 + 5 * k, -1)
-        low, high = int(np.ceil(middle - 0.97 * radius_z)), int(middle + 0.97 * radius_z)
-        boxes.append([x - rx, y - ry, max(low, 0), x + rx, y + ry, min(high, depth - 1)])
-    return volume, np.array(boxes).round()
+        x, y = (3 * (k % columns) + 1) * half_x + half_x // 2, (3 * (k // columns) + 1) * half_y + half_y // 2
+        cv2.ellipse(pixels, (x, y), (half_x, half_y), 0, 0, 360, 220, -1)
+        boxes.append([x - half_x, y - half_y, 0, x + half_x, y + half_y, depth - 1])
+    boxes = np.maximum(boxes, 0)
+    if name == "3D":
+        return np.repeat(pixels[None], depth, axis=0), boxes
+    return np.repeat(pixels[..., None], 3, axis=2), boxes[:, [0, 1, 3, 4]]
 
 
-def case_2d() -> tuple[np.ndarray, np.ndarray]:
-    volume, boxes = scene(1, 2604, 1726, 4)
-    return np.repeat(volume[0][:, :, None], 3, axis=2), boxes[:, [0, 1, 3, 4]]
+def segment(model, name: str, **options) -> None:
+    """Segment a case of CASES; `options` of segment_volume."""
+    (segment_volume if name == "3D" else segment_image)(model, *draw_case(name), **options)
 
 
-def case_3d() -> tuple[np.ndarray, np.ndarray]:
-    return scene(40, 512, 512, 6)
+def in_turn(calls: dict, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call in each round, the calls taking turns."""
+    times = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return times
 
 
-# -------------------------------------------------------------------------------------------------------- measuring
+def run_alone(*command: str) -> tuple[str, float, float]:
+    """Run `python COMMAND` in a new process: its output, seconds and peak in MB. RuntimeError where it fails."""
+    done = subprocess.run([sys.executable, "-c", BETWEEN, sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True)
+    *said, last = done.stdout.strip().splitlines()
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[:3])} …: {(said or ['no message'])[-1]}")
+    took, peak = map(float, last.split())
+    return "\n".join(said), took, peak * (1 if sys.platform == "darwin" else 1024) / 1e6
+
 
 def multiply_adds(model) -> tuple[float, float]:
     """Billions of multiply-adds of the image encoder, and of one box decoded."""
@@ -112,166 +109,96 @@ def multiply_adds(model) -> tuple[float, float]:
     return tuple(counts)
 
 
-def seconds(call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def print_row(*cells) -> None:
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
-def in_turn(calls: dict, rounds: int) -> dict[str, float]:
-    """Median seconds of each call; they take turns, so a busy spell of the machine meets all alike."""
-    times = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(seconds(call))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def peak_mb() -> float:
-    """Largest resident size of this process so far, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
-
-
-# A process counts the memory of the one that started it as its own peak, so a small one stands between.
-BETWEEN = """import resource, subprocess, sys, time
-start = time.perf_counter()
-code = subprocess.call(sys.argv[1:])
-print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-sys.exit(code)"""
-
-
-def run_alone(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak megabytes of a command. RuntimeError with its last line where it fails."""
-    done = subprocess.run([sys.executable, "-c", BETWEEN, *command], cwd=ROOT, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True)
-    *said, last = done.stdout.strip().splitlines()
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command[1:4])} …: {(said or ['no message'])[-1]}")
-    took, peak = last.split()
-    return float(took), float(peak) * (1 if sys.platform == "darwin" else 1024) / 1e6
-
-
-# ---------------------------------------------------------------------------------------------------------- Table 5
-
-def child(name: str, precision: str) -> dict:
-    """What Table 5 wants of one network, measured in this process."""
+def child(network: str, precision: str, case: str) -> None:
+    """In a process of its own: print the seconds of a case, warm. `network`: of NETWORKS (random weights), or a file."""
     torch.manual_seed(0)
-    plain = build_sam(name).eval()
-    result = {"parameters": sum(p.numel() for p in plain.parameters()) / 1e6}
-    model = to_fast(plain, precision)
-    del plain
-    image, boxes = case_2d()
-    segment_image(model, image, boxes)                                        # the first pass fills caches
-    result["2d"], result["2d_mb"] = seconds(lambda: segment_image(model, image, boxes)), peak_mb()
-    volume, boxes = case_3d()
-    result["3d"] = seconds(lambda: segment_volume(model, volume, boxes, propagation="published"))
-    result["3d_mb"] = peak_mb()
-    return result
+    model = build_sam(network).eval() if network in NETWORKS else load_model(network)
+    model = model if precision == "plain" else to_fast(model, precision)
+    options = {"propagation": "published"} if case == "3D" else {}
+    times = in_turn({case: lambda: segment(model, case, **options)}, 1 if case == "large" else 2)[case]
+    print(times[-1])                                                          # the first round fills caches
 
 
 def table_5(names: list[str], precision: str, threads: int) -> None:
-    rows = []
+    """The rows of Table 5 for these networks, each figure with the published one in brackets."""
+    head = ("model", "input", "parameters, M", "multiply-adds, G", "2D, s", "3D, s", "2D, MB", "3D, MB")
+    print_row(*head)
+    print_row(*["---"] * len(head))
     for name in names:
-        command = [sys.executable, "-m", __spec__.name, "--child", name, "--precision", precision, "--threads", str(threads)]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            print(f"{name}: failed, see above", file=sys.stderr)
-            continue
-        found, published = json.loads(done.stdout.splitlines()[-1]), PUBLISHED[name]
-        counts = sum(multiply_adds(build_sam(name).eval()))
-        own = [(counts, "{:.2f}"), (found["2d"], "{:.2f}"), (found["3d"], "{:.1f}"), (found["2d_mb"], "{:.0f}"),
-               (found["3d_mb"], "{:.0f}")]
-        cells = [f"{form.format(value)} ({'–' if theirs is None else theirs})" for (value, form), theirs in zip(own, published)]
-        size = NETWORKS[name].image_size
-        rows.append([NETWORKS[name].title, f"{size}×{size}", f"{found['parameters']:.2f}", *cells])
-    print_table(["model", "input", "parameters, M", "multiply-adds, G", "2D, s", "3D, s", "2D, MB", "3D, MB"], rows)
+        model, found = build_sam(name).eval(), []
+        for case in ("2D", "3D"):
+            said, _, peak = run_alone("-m", MODULE, "--child", name, precision, case, "--threads", str(threads))
+            found.append((float(said.splitlines()[-1]), peak))
+        (image_s, image_mb), (volume_s, volume_mb) = found
+        own = (f"{sum(multiply_adds(model)):.2f}", f"{image_s:.2f}", f"{volume_s:.1f}", f"{image_mb:.0f}", f"{volume_mb:.0f}")
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        print_row(NETWORKS[name].title, model.image_size, f"{parameters:.2f}",
+                  *(f"{value} ({published})" for value, published in zip(own, PUBLISHED[name])))
     print(f"\nThis machine, precision {precision} (published: C++ and OpenVINO on an i9-10900K, other cases; – not found).")
 
 
-# ----------------------------------------------------------------------------------------------------------- --infer
-
-def gemm_rate(dtype: torch.dtype) -> float:
-    """Billions of multiply-adds per second of a 2048³ matrix product."""
-    a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
-    return 2.048**3 / min(seconds(lambda: a @ b) for _ in range(5))
-
-
-def forms_of(model) -> dict:
-    """{"plain": model, "f32": …, "bf16": …, "int8": …}, as far as this machine and these weights allow."""
-    forms = {"plain": model}
-    for precision in ("f32", "bf16", "int8"):
-        calibrated = isinstance(model.image_encoder, EfficientViTSam) and getattr(model, "calibration", None)
-        if missing_operator(precision) is None and (precision != "int8" or calibrated):
-            forms[precision] = to_fast(model, precision)
-    return forms
-
-
-def infer_table(weights: str | None, rounds: int, threads: int) -> None:
-    """Every form of one network, absolute and as a ratio to the plain model."""
+def infer_table(weights: str | None, rounds: int) -> list[str]:
+    """Every form of one network, seconds and ratio to the plain one, minimum / median; returns the forms' names."""
     model = load_model(weights)
-    forms = forms_of(model)
-    x = torch.rand(1, 3, model.image_size, model.image_size, generator=torch.Generator().manual_seed(0))
-    side = model.image_size
-    boxes = torch.tensor([[0.1, 0.2, 0.6, 0.7], [0.3, 0.3, 0.9, 0.8], [0.5, 0.1, 0.8, 0.4], [0.2, 0.5, 0.5, 0.9]]) * side
-    image, image_boxes = case_2d()
-    volume, volume_boxes = case_3d()
-    print_table([f"{NETWORKS[model.name].title}, seconds (ratio)", *forms], [])
+    forms = {"plain": model}
+    for precision in PRECISIONS[1:]:
+        if missing_operator(precision) is None and (precision != "int8" or model.calibration):
+            forms[precision] = to_fast(model, precision)
+    print_row(f"{NETWORKS[model.name].title}, minimum / median seconds (ratio to plain)", *forms)
+    print_row(*["---"] * (len(forms) + 1))
 
-    def measure(label, call, rounds=rounds, share=1):
-        """Print one row, at once: the 3D case of the plain model takes a while."""
-        times = {k: t / share for k, t in in_turn({k: lambda m=m: call(m) for k, m in forms.items()}, rounds).items()}
-        print_row([label, *(f"{t:.3f} ({t / times['plain']:.2f})" for t in times.values())])
-        return times
+    def measure(label, call, rounds=rounds):
+        times = in_turn({name: lambda form=form: call(form) for name, form in forms.items()}, rounds)
+        low, middle = ({k: f(v) for k, v in times.items()} for f in (min, statistics.median))
+        print_row(label, *(f"{low[k]:.3f} / {middle[k]:.3f} ({low[k] / low['plain']:.2f} / {middle[k] / middle['plain']:.2f})"
+                           for k in forms))
+        return low
+
+    x = torch.rand(1, 3, model.image_size, model.image_size, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[0.1, 0.2, 0.6, 0.7], [0.3, 0.3, 0.9, 0.8], [0.5, 0.1, 0.8, 0.4], [0.2, 0.5, 0.5, 0.9]])
     with torch.inference_mode():
         embedding = model.image_encoder(x)
-        encoder = measure("encoder", lambda m: m.image_encoder(x))
-        measure("decoder, one box", lambda m: decode_boxes(m, embedding, boxes[:1]))
-        measure("decoder, per box of four", lambda m: decode_boxes(m, embedding, boxes), share=4)
-    rates, (count, _) = {"f32": gemm_rate(torch.float32)}, multiply_adds(model)
-    if "bf16" in forms:
-        rates["bf16"] = gemm_rate(torch.bfloat16)
-    speed = [f"{count / encoder[k]:.0f}" + (f" ({count / encoder[k] / rates[kind]:.0%} of {rates[kind]:.0f})" if kind in rates else "")
-             for k in forms for kind in ["f32" if k == "plain" else k]]
-    print_row(["encoder, G multiply-adds/s (of a 2048³ product)", *speed])
-    measure("2D case, warm", lambda m: segment_image(m, image, image_boxes))
-    measure("3D case, warm", lambda m: segment_volume(m, volume, volume_boxes), rounds=1)
-    measure("3D case, warm, published propagation", lambda m: segment_volume(m, volume, volume_boxes, propagation="published"),
-            rounds=1)
-    del model, forms
-    processes(weights, [k for k in encoder if k != "plain"], threads)
+        encoder = measure("encoder", lambda form: form.image_encoder(x))
+        measure("decoder, one box", lambda form: decode_boxes(form, embedding, boxes[:1] * model.image_size))
+        measure("decoder, four boxes", lambda form: decode_boxes(form, embedding, boxes * model.image_size))
+    product = {}
+    for name, dtype in {"f32": torch.float32, "bf16": torch.bfloat16}.items():
+        a = torch.rand(PRODUCT_SIDE, PRODUCT_SIDE).to(dtype)
+        product[name] = PRODUCT_SIDE**3 / 1e9 / min(in_turn({name: lambda: a @ a}, 5)[name])
+    count = multiply_adds(model)[0]
+    print_row("encoder, G multiply-adds/s", *(f"{count / encoder[name]:.0f}" for name in forms))
+    print_row("a large matrix product, the same", *(f"{product[name]:.0f}" if name in product else "–" for name in forms))
+    measure("2D case, warm", lambda form: segment(form, "2D"))
+    measure("3D case, warm", lambda form: segment(form, "3D"), 1)
+    measure("3D case, warm, published propagation", lambda form: segment(form, "3D", propagation="published"), 1)
+    return list(forms)
 
 
-def processes(weights: str | None, precisions: list[str], threads: int) -> None:
-    """Cold processes: seconds and peak memory of infer.py on one case, per precision, beside importing torch."""
-    rows = []
+def processes(weights: str, forms: list[str], threads: int) -> None:
+    """New processes: infer.py on a 2D and a 3D case, and the memory that the large case takes above `import torch`."""
+    _, took, base = run_alone("-c", "import torch")
+    print_row("process", *forms)
+    print_row(*["---"] * (len(forms) + 1))
+    print_row("import torch", f"{took:.2f} s, {base:.0f} MB", *[""] * (len(forms) - 1))
     with tempfile.TemporaryDirectory() as folder:
-        for name, (pixels, boxes) in {"2D_Mammography_bench.npz": case_2d(), "3D_CT_bench.npz": case_3d()}.items():
-            path = Path(folder) / name
-            np.savez_compressed(path, imgs=pixels, boxes=boxes.astype(np.int64), spacing=np.ones(3))
-            measured = []
-            for precision in precisions:
-                command = [sys.executable, "infer.py", "-i", str(path), "-o", f"{folder}/{precision}", "--overwrite",
-                           "--precision", precision, "--threads", str(threads), *(["--weights", weights] if weights else [])]
-                measured.append("{:.2f} s, {:.0f} MB".format(*run_alone(command)))
-            rows.append([f"infer.py, {name[:2]}, cold", *measured])
-        rows.append(["python -c 'import torch'", "{:.2f} s, {:.0f} MB".format(*run_alone([sys.executable, "-c", "import torch"])),
-                     *[""] * (len(precisions) - 1)])
-    print()
-    print_table(["process", *precisions], rows)
+        for case, modality in {"2D": "Mammography", "3D": "CT"}.items():
+            path, (pixels, boxes), cells = f"{folder}/{case}_{modality}_bench.npz", draw_case(case), []
+            np.savez_compressed(path, imgs=pixels, boxes=boxes, spacing=np.ones(3))
+            for name in forms[1:]:
+                _, took, peak = run_alone("infer.py", "-i", path, "-o", f"{folder}/{name}", "--weights", weights,
+                                          "--precision", name, "--threads", str(threads))
+                cells.append(f"{took:.2f} s, {peak:.0f} MB")
+            print_row(f"infer.py, {case} case, cold", "", *cells)
+    large = [run_alone("-m", MODULE, "--child", weights, name, "large", "--threads", str(threads))[2] for name in forms]
+    print_row("4000×4000 pixels, 200 boxes, above import torch", *(f"{peak - base:.0f} MB" for peak in large))
 
 
-# -------------------------------------------------------------------------------------------------------------- main
-
-def print_row(row: list[str]) -> None:
-    print("| " + " | ".join(row) + " |", flush=True)
-
-
-def print_table(head: list[str], rows: list[list[str]]) -> None:
-    for row in (head, ["---"] * len(head), *rows):
-        print_row(row)
-
-
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    """Print the tables asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--infer", action="store_true", help="compare the forms of one network")
     parser.add_argument("--weights", help="checkpoint for --infer (default: the package's own weights)")
@@ -279,24 +206,20 @@ def main() -> int:
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(PUBLISHED), help="rows of Table 5")
     parser.add_argument("--precision", choices=PRECISIONS[:3], default="auto", help="of Table 5's runs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--child", choices=list(NETWORKS), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     cv2.setNumThreads(arguments.threads)
-    precision = resolve_precision(arguments.precision)
     if arguments.child:
-        print(json.dumps(child(arguments.child, precision)))
+        child(*arguments.child)
         return 0
-    print_table(["", "this machine"], [[key, value] for key, value in machine().items()])
-    print()
-    try:
-        if arguments.infer:
-            infer_table(arguments.weights, arguments.rounds, arguments.threads)
-        else:
-            table_5(arguments.networks, precision, arguments.threads)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    print(f"{platform.platform()}, Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores, "
+          f"{torch.backends.cpu.get_cpu_capability()}, native bf16: {native_bf16()}, {arguments.threads} threads\n")
+    if arguments.infer:
+        forms = infer_table(arguments.weights, arguments.rounds)
+        processes(str(resolve(arguments.weights)), forms, arguments.threads)
+    else:
+        table_5(arguments.networks, resolve_precision(arguments.precision), arguments.threads)
     return 0
 
 

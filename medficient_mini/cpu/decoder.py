@@ -63,7 +63,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 class FastDecoder:
     """The decoder of a Sam, with the arguments and results of Sam.decode; `dtype` is that of the image-sized products.
 
-    Any number N of prompts is taken, none too; memory grows by about 10 MB for each, so callers bring them in batches.
+    Any number N ≥ 1 of prompts is taken; memory grows by some 10 MB for each, so callers bring them in batches.
     """
 
     def __init__(self, model: Sam, dtype: torch.dtype):
