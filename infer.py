@@ -20,7 +20,7 @@ import torch
 
 from medficient_mini.cpu.fast import PRECISIONS
 from medficient_mini.files import first_line
-from medficient_mini.inference.checkpoint import load_model, resolve
+from medficient_mini.inference.checkpoint import load_model
 from medficient_mini.inference.compose import OVERLAPS, lost_objects
 from medficient_mini.inference.npz import list_cases, read_case, read_labels
 from medficient_mini.inference.predictor import segment_image
@@ -30,20 +30,17 @@ from medficient_mini.userfiles.pick import pick, require_display
 from medficient_mini.userfiles.pictures import stem_of
 from medficient_mini.userfiles.prompts import (add_prompt_options, check_prompts, list_user_files, read_user_case,
                                                segment_points)
-from medficient_mini.userfiles.results import digest, made_with, show, what_changed, write
+from medficient_mini.userfiles.results import made_with, show, what_changed, what_decides, write
 
 TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
-# The options that decide a result, besides the files of weights.
-DECISIVE = ("precision", "propagation", "overlap", "separate", "z_exclusive", "point", "background", "pick", "z",
-            "slice", "axis", "window")
 
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-i", "--input", required=True, help="folder of NPZ cases, pictures or NIfTI files, or one of these")
+    parser.add_argument("-i", "--input", required=True, help="folder of NPZ cases, pictures or NIfTI files, or one")
     parser.add_argument("-o", "--output", "--out", required=True, type=Path, help="folder for the masks")
     parser.add_argument("--weights", help="checkpoint file, or lite_medsam (default: the package's own weights)")
-    parser.add_argument("--decoder-weights", help="checkpoint whose prompt encoder and mask decoder complete a bare encoder")
+    parser.add_argument("--decoder-weights", help="checkpoint whose prompt encoder and decoder join a bare encoder")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto",
                         help="auto: bf16 where the CPU has it, else f32; int8 needs a file of medficient_mini.cpu.int8")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
@@ -53,18 +50,18 @@ def parse_arguments(argv=None):
                         help="also write each object's own mask where objects overlap (`masks`, of volumes `bits`)")
     parser.add_argument("--overwrite", action="store_true", help="compute finished cases again")
     parser.add_argument("--part", metavar="K/N", help="every N-th case from the K-th (torchrun: taken from its rank)")
-    parser.add_argument("--propagation", choices=PROPAGATIONS, default=PROPAGATIONS[0], help="volumes: prompt every slice "
-                        "with a section of the given box (default), or the middle one and follow the masks as published")
+    parser.add_argument("--propagation", choices=PROPAGATIONS, default=PROPAGATIONS[0],
+                        help="volumes: prompt every slice with a section of the given box (default), or the middle one "
+                             "and follow the masks as published")
     parser.add_argument("--overlap", choices=OVERLAPS, default=OVERLAPS[0],
-                        help="a pixel that several objects claim goes to the one inside another, else to the higher logit "
-                             "(default); always to the higher logit; or to the later box as published")
-    parser.add_argument("--cache-mb", type=float, default=1024, help="embeddings kept by --propagation published, in MB")
+                        help="a pixel that several objects claim goes to the one inside another, else to the higher "
+                             "logit (default); always to the higher logit; or to the later box as published")
+    parser.add_argument("--cache-mb", type=float, default=1024, help="MB of embeddings kept by --propagation published")
     parser.add_argument("--z-exclusive", action="store_true",
                         help="z_max of a volume's box is the slice after the last (the MedficientSAM authors' reading)")
     add_prompt_options(parser)
     arguments = parser.parse_args(argv)
-    prompts = arguments.box or arguments.boxes or arguments.point or arguments.background
-    arguments.own_files = bool(prompts or arguments.pick)
+    arguments.own_files = any([arguments.pick, arguments.box, arguments.boxes, arguments.point, arguments.background])
     return arguments
 
 
@@ -95,7 +92,8 @@ def list_inputs(arguments) -> tuple[dict, list[str]]:
         raise ValueError(f"{error}{hint}") from None
     if output == (source if source.is_dir() else source.parent).resolve():
         raise ValueError(f"{arguments.output}: expected another folder for the masks than that of the cases")
-    ours = [folder for folder in (output, (arguments.overlay or output).resolve()) if source.resolve() in folder.parents]
+    written = {output, (arguments.overlay or output).resolve()}
+    ours = [folder for folder in written if source.resolve() in folder.parents]
     first = {}
     for path in list(cases):
         if any(folder in path.resolve().parents for folder in ours):          # the result of an earlier run
@@ -122,8 +120,8 @@ def segment(model, case, arguments, bar):
     options = {"overlap": arguments.overlap, "separate": arguments.separate, "details": True}
     if not case.is_3d:
         return segment_image(model, case.image, case.boxes, **options)
-    return segment_volume(model, case.volume, case.boxes, case.drawn_slice, arguments.propagation,
-                          cache_mb=arguments.cache_mb, progress=lambda *slices: bar.set("slice %d of %d" % slices), **options)
+    return segment_volume(model, case.volume, case.boxes, case.drawn_slice, arguments.propagation, **options,
+                          cache_mb=arguments.cache_mb, progress=lambda *slices: bar.set("slice %d of %d" % slices))
 
 
 def run(arguments) -> int:
@@ -136,9 +134,7 @@ def run(arguments) -> int:
     paths = list(cases)[rank::world]
     print(f"part {rank + 1}/{world}: {len(paths)} of {len(cases)} cases")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    decisive = {name: getattr(arguments, name) for name in DECISIVE}
-    files = dict.fromkeys((arguments.weights, arguments.decoder_weights or arguments.weights))
-    decisive["weights"] = [digest(resolve(file)) for file in files]
+    decisive = what_decides(arguments)
     jobs = {path: {**decisive, "boxes": cases[path]} for path in paths}
     again = arguments.overwrite or arguments.pick
     reasons = {path: "new" if again else what_changed(path, jobs[path], arguments.output) for path in paths}
@@ -147,7 +143,8 @@ def run(arguments) -> int:
         model = load_model(arguments.weights, arguments.decoder_weights, arguments.device, arguments.precision)
     start, written = time.perf_counter(), []
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        bar = ProgressBar(ahead(reader, read, [(path, jobs[path], arguments) for path in todo]), len(todo), "segmenting")
+        items = [(path, jobs[path], arguments) for path in todo]
+        bar = ProgressBar(ahead(reader, read, items), len(todo), "segmenting")
         for line in wrong:
             bar.write(line)
         for path, reading in bar:

@@ -2,7 +2,8 @@
 
 A press, a drag and a release make a box; its mask follows in the time of one decode, as the embedding of the image, or
 of each slice of a volume that is drawn on, is computed once. In a volume a box spans the slices between its first and
-last one (keys f and l); the slice it was drawn on counts as the object's largest. The volume is segmented when it is saved.
+last one (keys f and l); the slice it was drawn on counts as the object's largest. What was drawn is segmented like any
+other case when it is saved.
 """
 import subprocess
 import sys
@@ -120,7 +121,8 @@ class Picker:
 
     def finish(self) -> None:
         """Put the boxes into the case, and the slices they were drawn on."""
-        boxes = np.reshape([[*drawn.box[:2], drawn.first, *drawn.box[2:], drawn.last] for drawn in self.objects], (-1, 6))
+        boxes = [[*drawn.box[:2], drawn.first, *drawn.box[2:], drawn.last] for drawn in self.objects]
+        boxes = np.reshape(boxes, (-1, 6))
         self.case.boxes = boxes if self.case.is_3d else boxes[:, [0, 1, 3, 4]]
         self.case.drawn_slice = np.array([drawn.z for drawn in self.objects], int)
 
@@ -132,8 +134,8 @@ def require_display() -> None:
     """
     probe = [sys.executable, "-c", "import cv2; cv2.namedWindow('probe')"]
     if subprocess.run(probe, capture_output=True).returncode:
-        raise ValueError("--pick: expected a screen for its window, found none (DISPLAY is not set or does not answer, or "
-                         "opencv-python-headless is installed)")
+        raise ValueError("--pick: expected a screen for its window, found none (DISPLAY is not set or does not answer, "
+                         "or opencv-python-headless is installed)")
 
 
 def pick(model, case: Case, overlap: str) -> bool:

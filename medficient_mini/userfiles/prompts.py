@@ -34,7 +34,7 @@ def add_prompt_options(parser) -> None:
     group.add_argument("--pick", action="store_true", help="draw the boxes in a window, masks appear at once")
     group.add_argument("--z", nargs=2, type=int, metavar=("FIRST", "LAST"),
                        help="slices that boxes of four numbers span in a volume, indices along the slicing axis")
-    group.add_argument("--slice", type=int, metavar="K", help="the slice those boxes were drawn on (default: the middle)")
+    group.add_argument("--slice", type=int, metavar="K", help="the slice they were drawn on (default: the middle one)")
     group.add_argument("--axis", choices=AXES, default="axial", help="direction of the slices (default: axial)")
     group.add_argument("--window", nargs="+", metavar=("LEVEL", "WIDTH"),
                        help=f"intensities that become 0-255: two numbers, or {', '.join(WINDOWS)} "
@@ -42,7 +42,11 @@ def add_prompt_options(parser) -> None:
 
 
 def check_prompts(arguments) -> None:
-    """Refuse options that contradict each other; --window becomes (level, width). ValueError, one line with the option."""
+    """Refuse options that contradict each other, and turn the words of --window into level and width.
+
+    Raises:
+        ValueError: one line that starts with the option.
+    """
     boxes, points = arguments.box, arguments.point + arguments.background
     lengths = [len(box) for box in boxes if len(box) not in (4, 6)]
     refused = [
@@ -86,7 +90,7 @@ def read_boxes(path: Path) -> dict[str, list[list[float]]]:
             except ValueError:
                 box = []
             if not name or len(box) not in ([len(heading.split())] if heading else [4, 6]):
-                wanted = f"a file and {heading}" if heading else "a file and 4 or 6 numbers, or file,x0,y0,x1,y1 as heading"
+                wanted = f"a file and {heading}" if heading else "a file and 4 or 6 numbers, or file,x0,y0,x1,y1"
                 raise ValueError(f"{path.name}: line {number}: expected {wanted}, found {delimiter.join(row)}")
             if heading in SIZE_HEADINGS:
                 x, y, width, height = box
@@ -129,7 +133,7 @@ def list_user_files(arguments) -> tuple[dict[Path, list[list[float]]], list[str]
             absent.pop(name, None)
     if not chosen:
         raise ValueError(f"{source}: expected the files that {arguments.boxes.name} names, found none of them")
-    lines = [f"{name}: file: expected it in {source}, as {arguments.boxes.name} names it, found none" for name in absent]
+    lines = [f"{name}: file: expected in {source}, as {arguments.boxes.name} names it, found none" for name in absent]
     return chosen, lines if source.is_dir() else []
 
 
@@ -160,8 +164,8 @@ def _read_picture(case: Case, path: Path, boxes: list[list[float]], arguments) -
         labels = np.repeat([1, 0], [len(arguments.point), len(arguments.background)])
         case.points, case.point_labels = check_points(points, labels, case.shape)
         if not boxes:
-            case.warnings.append(f"{path.name}: points without a box: weights trained on boxes alone, such as the default "
-                                 "ones and LiteMedSAM's, answer them badly; look at the overlay, or give a --box")
+            case.warnings.append(f"{path.name}: points without a box: weights trained on boxes alone, such as the "
+                                 "default ones and LiteMedSAM's, answer them badly; look at the overlay or give a --box")
 
 
 def _read_volume(case: Case, path: Path, boxes: list[list[float]], arguments) -> None:

@@ -7,12 +7,16 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from ..inference.checkpoint import resolve
 from ..inference.compose import Composition, lost_objects
 from ..inference.npz import Case, write_segs
 from ..show.draw import contact_sheet, overlay, save_png
 from .nifti import save_label_nifti
 from .pictures import save_label_picture, stem_of
 
+# The options that decide a result, besides the files of weights.
+DECISIVE = ("precision", "propagation", "overlap", "separate", "z_exclusive", "point", "background", "pick", "z",
+            "slice", "axis", "window")
 FIELDS = ("boxes", "points", "point_labels", "intensity", "spacing")
 POINT_COLOURS = (230, 0, 0), (0, 200, 0)        # beside the object, on it
 
@@ -24,6 +28,13 @@ def digest(path) -> str:
         while piece := file.read(1 << 20):
             found.update(piece)
     return found.hexdigest()[:16]
+
+
+def what_decides(arguments) -> dict:
+    """Return what decides the results of a run, by name: options, and the content of the files of weights."""
+    files = dict.fromkeys((arguments.weights, arguments.decoder_weights or arguments.weights))
+    weights = [digest(resolve(file)) for file in files]
+    return {"weights": weights, **{name: getattr(arguments, name) for name in DECISIVE}}
 
 
 def made_with(path: Path, decisive: dict) -> str:

@@ -126,7 +126,8 @@ def test_slices_of_a_volume():
     press(picker, "f")                                           # first stays at or before the slice drawn on
     assert drawn.first == 2
     press(picker, "pppppfnnnnn")
-    assert not picker.labels().any() and picker.render().shape[0] == 512 + 44        # the mask is shown where it was drawn
+    assert not picker.labels().any()                             # the mask is shown where it was drawn
+    assert picker.render().shape[0] == 512 + 44
     picker.finish()
     assert np.allclose(picker.case.boxes, [[10, 15, 1, 43, 50, 6]], atol=0.5)
     assert picker.case.drawn_slice.tolist() == [2]
@@ -168,7 +169,8 @@ np.savez(sys.argv[1], boxes=case.boxes, saved=saved)
 
 def test_on_a_virtual_screen_with_a_scripted_mouse(screen, tmp_path):
     def xdotool(*words):
-        return subprocess.run(["xdotool", *map(str, words)], env=screen, capture_output=True, text=True, timeout=20).stdout
+        words = ["xdotool", *map(str, words)]
+        return subprocess.run(words, env=screen, capture_output=True, text=True, timeout=20).stdout
 
     program = subprocess.Popen([sys.executable, "-c", SCRIPT, tmp_path / "picked.npz"], cwd=ROOT, env=screen,
                                stderr=subprocess.PIPE, text=True)
@@ -196,4 +198,5 @@ def test_on_a_virtual_screen_with_a_scripted_mouse(screen, tmp_path):
     finally:
         program.kill()
     with np.load(tmp_path / "picked.npz") as picked:
-        assert picked["saved"] and np.allclose(picked["boxes"], np.array([[140, 90, 318, 216]]) / (512 / 200) - 0.5, atol=0.8)
+        expected = np.array([[140, 90, 318, 216]]) / (512 / 200) - 0.5
+        assert picked["saved"] and np.allclose(picked["boxes"], expected, atol=0.8)

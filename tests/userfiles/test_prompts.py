@@ -55,8 +55,8 @@ def test_options():
 @pytest.mark.parametrize("words, line", [
     ("--box 1 2 3", "--box: expected 4"), ("--box 1 2 3 4 5 6 7", "--box"), ("--not 1 2", "--not"),
     ("--box 1 2 3 4 --box 1 2 3 4 --point 1 2", "--point"), ("--box 1 2 3 4 --boxes b.csv", "--boxes"),
-    ("--point 1 2 --boxes b.csv", "--boxes"), ("--box 1 2 3 4 --slice 2", "--slice"), ("--pick --box 1 2 3 4", "--pick"),
-    ("--window heart --box 1 2 3 4", "--window")])
+    ("--point 1 2 --boxes b.csv", "--boxes"), ("--box 1 2 3 4 --slice 2", "--slice"),
+    ("--pick --box 1 2 3 4", "--pick"), ("--window heart --box 1 2 3 4", "--window")])
 def test_bad_options_are_one_line(words, line):
     with pytest.raises(ValueError, match=f"^{line}[^\n]*$"):
         parse(words)
@@ -118,7 +118,8 @@ def test_matching_a_table_takes_one_look_at_each_file(tmp_path, monkeypatch):
 def test_a_picture_with_boxes_and_points(picture):
     case = read(picture, "--box 1 2 50 20 --not 39.5 29")
     assert (case.image == IMAGE[..., None]).all() and not case.is_3d and case.intensity == "8 bits as they are"
-    assert case.boxes.tolist() == [[1, 2, 39, 20]] and len(case.warnings) == 1 and case.warnings[0].startswith("a.png: boxes")
+    assert case.boxes.tolist() == [[1, 2, 39, 20]]
+    assert len(case.warnings) == 1 and case.warnings[0].startswith("a.png: boxes")
     assert case.points.tolist() == [[39.5, 29]] and case.point_labels.tolist() == [0]
     case = read(picture, "--point 3 4 --not 5 6 --window 100 50")
     assert case.boxes.shape == (0, 4) and case.point_labels.tolist() == [1, 0] and "level 100" in case.intensity

@@ -13,7 +13,8 @@ class OnPoints(BrightSam):
     """Without a box: what is bright, wherever the points are."""
 
     def decode(self, embedding, boxes=None, points=None, masks=None, **options):
-        return super().decode(embedding, embedding.new_tensor([[0, 0, 511, 511]]) if boxes is None else boxes, **options)
+        boxes = embedding.new_tensor([[0, 0, 511, 511]]) if boxes is None else boxes
+        return super().decode(embedding, boxes, **options)
 
 
 @pytest.fixture
@@ -65,10 +66,12 @@ def dice(a, b):
 def test_a_picture_gives_a_mask_picture_an_overlay_and_an_npz(pictures, tmp_path, run):
     out, err = run("-i", pictures / "a.png", "-o", tmp_path / "out", "--box", 25, 15, 75, 45)
     assert "a.png: intensities: 8 bits as they are" in out and "1 segmented" in out and not err
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.npz", "a_mask.png", "a_overlay.png", "efficiency.csv"]
+    names = ["a.npz", "a_mask.png", "a_overlay.png", "efficiency.csv"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     truth = cv2.imread(str(pictures / "a.png"), cv2.IMREAD_GRAYSCALE) > 0
     with np.load(tmp_path / "out/a.npz") as file:
-        assert file["segs"].dtype == np.uint8 and dice(file["segs"] == 1, truth) > 0.9 and file["boxes"].tolist() == [[25, 15, 75, 45]]
+        assert file["segs"].dtype == np.uint8 and dice(file["segs"] == 1, truth) > 0.9
+        assert file["boxes"].tolist() == [[25, 15, 75, 45]]
     assert cv2.imread(str(tmp_path / "out/a_overlay.png")).shape[1] >= 512
 
 
@@ -77,7 +80,8 @@ def test_a_table_chooses_resumes_and_costs_its_bad_lines(pictures, tmp_path, run
     table, words = tmp_path / "b.csv", ("-i", pictures, "-o", tmp_path / "out", "--boxes", tmp_path / "b.csv")
     table.write_text("file,x0,y0,x1,y1\na.png,25,15,75,45\nsub/b.jpg,25,15,75,45\nc.tif,25,15,75,45\nd.png,1,1,9,9\n")
     out, err = run(*words, "--overlay", tmp_path / "show", code=1)
-    assert "3 segmented, 0 skipped as finished, 1 failed" in out and "c.tif: intensities: 0.5 and 99.5 percentiles" in out
+    assert "3 segmented, 0 skipped as finished, 1 failed" in out
+    assert "c.tif: intensities: 0.5 and 99.5 percentiles" in out
     assert len(err) == 1 and err[0].startswith("d.png: file: expected")
     assert sorted(path.name for path in (tmp_path / "show").iterdir()) == [f"{stem}_overlay.png" for stem in "abc"]
     table.write_text(table.read_text().replace("d.png,1,1,9,9\n", ""))
