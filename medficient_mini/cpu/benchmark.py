@@ -58,13 +58,12 @@ def draw_case(name: str) -> tuple[np.ndarray, np.ndarray]:
     """A case of CASES: image uint8 (H, W, 3) or volume (D, H, W) with an ellipse in each box, boxes (N, 4) or (N, 6)."""
     depth, height, width, count = CASES[name]
     pixels = np.random.default_rng(0).integers(20, 110, (height, width), np.uint8)
-    columns = math.ceil(count**0.5)
-    half_x, half_y, boxes = width // columns // 3, height // columns // 3, []
-    for k in range(count):
-        x, y = (3 * (k % columns) + 1) * half_x + half_x // 2, (3 * (k // columns) + 1) * half_y + half_y // 2
-        cv2.ellipse(pixels, (x, y), (half_x, half_y), 0, 0, 360, 220, -1)
-        boxes.append([x - half_x, y - half_y, 0, x + half_x, y + half_y, depth - 1])
-    boxes = np.maximum(boxes, 0)
+    side = math.ceil(count**0.5)                                              # the objects stand in a square grid
+    step_x, step_y = width // side, height // side
+    corners = np.array([(k % side * step_x, k // side * step_y, 0) for k in range(count)])
+    boxes = np.hstack([corners, corners + (step_x // 2, step_y // 2, depth - 1)])
+    for x0, y0, _, x1, y1, _ in boxes.tolist():
+        cv2.ellipse(pixels, ((x0 + x1) // 2, (y0 + y1) // 2), (step_x // 4, step_y // 4), 0, 0, 360, 220, -1)
     if name == "3D":
         return np.repeat(pixels[None], depth, axis=0), boxes
     return np.repeat(pixels[..., None], 3, axis=2), boxes[:, [0, 1, 3, 4]]

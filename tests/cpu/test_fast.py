@@ -134,7 +134,7 @@ def test_decoder_in_bf16_is_close(l0, embedding):
 @torch.inference_mode()
 def test_decoder_takes_any_number_of_boxes(l0, embedding):                    # fault 18
     decoder = FastDecoder(l0, torch.float32)
-    many, _ = decoder(embedding, BOXES.repeat(7, 1))
+    many, _ = decoder(embedding, BOXES.repeat(3, 1))
     assert error(many[-3:], decoder(embedding, BOXES)[0]) < 1e-4
 
 
