@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -167,16 +167,18 @@ def run(arguments) -> int:
                 for line in lost_objects(found):
                     bar.write(f"{case.name}: {line}")
                 written.append((path, writer.submit(write, case, found, arguments, origin, seconds)))
-                wait([job for _, job in written[-2:-1]])          # at most one case waits to be written
+                for _, job in written[-2:-1]:
+                    job.exception()                              # waits for it: at most one case waits to be written
             except Exception as error:                           # whatever is wrong with a case, it costs one line
                 wrong.append(about(path, error))
                 bar.write(wrong[-1])
     unwritten = [about(path, job.exception()) for path, job in written if job.exception()]
     for line in unwritten:
         bar.write(line)
+    wrong += unwritten
     print(f"{len(written) - len(unwritten)} segmented, {list(reasons.values()).count(None)} skipped as finished, "
-          f"{len(wrong + unwritten)} failed, {time.perf_counter() - start:.1f} s; masks in {arguments.output}")
-    return len(wrong + unwritten)
+          f"{len(wrong)} failed, {time.perf_counter() - start:.1f} s; masks in {arguments.output}")
+    return len(wrong)
 
 
 def about(path: Path, error) -> str:
@@ -187,14 +189,12 @@ def about(path: Path, error) -> str:
 
 def ahead(executor, function, items):
     """Give the first part of each item with the future of function(*item), the next one always under way."""
-    before = None
+    before = []
     for item in items:
-        now = item[0], executor.submit(function, *item)
-        if before:
-            yield before
+        now = [(item[0], executor.submit(function, *item))]
+        yield from before
         before = now
-    if before:
-        yield before
+    yield from before
 
 
 def main(argv=None) -> int:
@@ -208,7 +208,7 @@ def main(argv=None) -> int:
         if arguments.pick:
             require_display()
         return 1 if run(arguments) else 0
-    except (ValueError, OSError, RuntimeError) as error:        # RuntimeError: a device that is not there
+    except Exception as error:
         print(first_line(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -26,7 +26,7 @@ STRIP = 44                           # height of the two lines under the picture
 KEPT = 64                            # embeddings of slices, 4 MB each
 ESCAPE = "\x1b"
 HELP = "drag: box   u undo   s save   q quit"
-HELP_3D = HELP + "   n p next, previous slice   f l box's first, last slice"
+HELP_3D = "   n p next, previous slice   f l box's first, last slice"
 
 
 @dataclass
@@ -50,9 +50,8 @@ class Picker:
         self.model, self.case, self.overlap = model, case, overlap
         self.slices = case.volume if case.is_3d else case.image[None]                       # (D, H, W[, 3])
         self.z = len(self.slices) // 2
-        self.height, self.width = case.shape[-2:]
-        longest = max(self.height, self.width)
-        self.scale = min(max(longest, SHORTEST), LONGEST) / longest
+        self.size = case.shape[-2:]                             # (H, W)
+        self.scale = min(max(*self.size, SHORTEST), LONGEST) / max(self.size)
         self.objects: list[Drawn] = []
         self.pressed = self.dragged = None                      # corners in image pixels while the button is down
         self.embedding = lru_cache(KEPT)(lambda z: encode(model, self.slices[z]))           # (1, 256, 64, 64)
@@ -60,7 +59,7 @@ class Picker:
 
     def mouse(self, event: int, x: int, y: int, *_) -> None:
         """Follow the mouse: OpenCV's callback, where x, y are pixels of the window."""
-        place = np.clip([x / self.scale - 0.5, y / self.scale - 0.5], 0, [self.width - 1, self.height - 1]).tolist()
+        place = np.clip([x / self.scale - 0.5, y / self.scale - 0.5], 0, np.array(self.size[::-1]) - 1).tolist()
         if event == cv2.EVENT_LBUTTONDOWN:
             self.pressed = place
         elif not self.pressed:
@@ -69,7 +68,7 @@ class Picker:
         if event == cv2.EVENT_LBUTTONUP:
             box, self.pressed = self.dragged_box(), None
             if box[2] - box[0] >= 2 / self.scale and box[3] - box[1] >= 2 / self.scale:     # a click is no box
-                prompt = boxes_to_network(np.array([box]), self.height, self.width, self.model.image_size)
+                prompt = boxes_to_network(np.array([box]), *self.size, self.model.image_size)
                 logits = decode_boxes(self.model, self.embedding(self.z), prompt)
                 self.objects.append(Drawn(box, self.z, self.z, self.z, logits))
 
@@ -95,7 +94,7 @@ class Picker:
 
     def labels(self) -> np.ndarray:
         """Return the labels (H, W) of what was drawn on the present slice: k + 1 for object k."""
-        found = Composition((self.height, self.width), len(self.objects))
+        found = Composition(self.size, len(self.objects))
         here = {k: drawn for k, drawn in enumerate(self.objects) if drawn.z == self.z}
         if here:
             logits = torch.cat([drawn.logits for drawn in here.values()])
@@ -111,12 +110,12 @@ class Picker:
         picture = panel(self.slices[self.z], self.labels(), np.reshape(boxes, (-1, 4)), self.scale, fill=0.35)
         state = f"boxes: {len(self.objects)}"
         if self.case.is_3d:
-            newest = [f"   newest: slices {drawn.first}-{drawn.last}" for drawn in self.objects[-1:]]
-            state = f"slice {self.z} of 0-{len(self.slices) - 1}   " + state + "".join(newest)
+            state += f"   slice {self.z} of 0-{len(self.slices) - 1}"
+            state += "".join(f"   newest box: {drawn.first}-{drawn.last}" for drawn in self.objects[-1:])
         canvas = np.zeros((len(picture) + STRIP, max(picture.shape[1], SHORTEST), 3), np.uint8)
         canvas[:len(picture), :picture.shape[1]] = picture
         write(canvas, state, 6, len(picture) + 17, 0.4, outline=None)
-        write(canvas, HELP_3D if self.case.is_3d else HELP, 6, len(picture) + 36, 0.38, outline=None)
+        write(canvas, HELP + HELP_3D * self.case.is_3d, 6, len(picture) + 36, 0.38, outline=None)
         return canvas
 
     def finish(self) -> None:

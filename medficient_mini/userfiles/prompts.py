@@ -165,7 +165,7 @@ def _read_picture(case: Case, path: Path, boxes: list[list[float]], arguments) -
         case.points, case.point_labels = check_points(points, labels, case.shape)
         if not boxes:
             case.warnings.append(f"{path.name}: points without a box: weights trained on boxes alone, such as the "
-                                 "default ones and LiteMedSAM's, answer them badly; look at the overlay or give a --box")
+                                 "default ones and LiteMedSAM's, answer them badly; see the overlay, or give a --box")
 
 
 def _read_volume(case: Case, path: Path, boxes: list[list[float]], arguments) -> None:
