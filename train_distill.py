@@ -46,15 +46,15 @@ def parse_arguments(argv=None):
     add("--no-flips", dest="flips", action="store_false", help="no random flips")
     add("--augment", action="store_true", help="also random shift, scale and rotation; such a sample has no cached "
         "embedding, so with --embeddings it needs --mask-loss or --plain")
-    add("--plain", type=float, default=0.0, metavar="PART", help="leave this part of the samples unaugmented: they keep "
-        "the target of their cached embedding (default: 0)")
+    add("--plain", type=float, default=0.0, metavar="PART", help="leave this part of the samples unaugmented: they "
+        "keep the target of their cached embedding (default: 0)")
     add("--start-from-statistics", action="store_true", help="the student's last norm starts from the teacher's "
         "per-channel mean and standard deviation")
     add("--embedding-loss", type=float, default=1.0, metavar="W", help="weight of the embedding error (default: 1)")
     add("--mask-loss", type=float, default=0.0, metavar="W", help="weight of Dice + 4 * cross-entropy of masks through "
         "the frozen decoder of --decoder-weights; the embedding error then counts in units of the teacher's variance")
-    add("--decoder-weights", metavar="FILE", help="prompt encoder and mask decoder for --mask-loss and the validation's "
-        "DSC (default: none)")
+    add("--decoder-weights", metavar="FILE", help="prompt encoder and mask decoder for --mask-loss and the "
+        "validation's DSC (default: none)")
     return parser.parse_args(argv)
 
 
@@ -98,10 +98,11 @@ def claim_folder(folder, teacher_file):
     try:
         held = json.loads(mark.read_text())
     except ValueError:
-        raise ValueError(f"{mark}: expected the teacher's name and hash, found a damaged file; delete the folder") from None
+        raise ValueError(f"{mark}: expected the teacher's name and hash, found a damaged file; delete the folder") \
+            from None
     if held["sha256"] != digest:
-        raise ValueError(f"{folder}: expected embeddings of {teacher_file}, found those of {held['file']}; one folder per "
-                         "teacher")
+        raise ValueError(f"{folder}: expected embeddings of {teacher_file}, found those of {held['file']}; one folder "
+                         "per teacher")
 
 
 def read_images(cases, cache, teacher_input, wanted):
@@ -142,8 +143,9 @@ def statistics_of(embeddings):
 class Distillation(nn.Module):
     """What stage 1 trains and how: the task of a Trainer (see trainer.py).
 
-    teacher: the network whose embeddings are the targets, None where the batches bring them.
-    validation: its data set, with the `cases` and `slices` that it is made of.
+    Args:
+        teacher: the network whose embeddings are the targets, None where the batches bring them.
+        validation: its data set, with the `cases` and `slices` that it is made of.
     """
     frozen = ()
 
@@ -243,7 +245,7 @@ def train(arguments, world):
                          "--embeddings such samples have no target")
     student = build_student(arguments)
     size = check_size(arguments, student)
-    resolve(arguments.teacher)                                                 # missing: say so before the cases are read
+    resolve(arguments.teacher)                                                 # a missing one shows before the long work
     cases, val_cases, cache = split_data(arguments)
     slices = slices_of(arguments, world, cases, cache, labelled_only=False)
     if arguments.limit_samples:
@@ -273,8 +275,8 @@ def train(arguments, world):
             statistics = statistics_of(task.target(one_batch(some, i, world))[0] for i in range(len(some)))
     task.use_statistics(statistics, arguments.start_from_statistics)
     trainer = Trainer(arguments, world, task, dataset, make_sampler(arguments, world, cases, slices))
-    say(f"{len(slices)} training slices of {len(cases)} cases, {len(val_slices)} validation slices of {len(val_cases)}; "
-        f"student {student.name} at {size}; {trainer.steps} updates of {trainer.batch} samples")
+    say(f"{len(slices)} training slices of {len(cases)} cases, {len(val_slices)} validation slices of "
+        f"{len(val_cases)}; student {student.name} at {size}; {trainer.steps} updates of {trainer.batch} samples")
     return trainer.fit()
 
 

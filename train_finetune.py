@@ -23,14 +23,17 @@ from medficient_mini.training.trainer import Trainer, say
 def parse_arguments(argv=None):
     parser = common_parser(__doc__, out="runs/finetune", lr=2e-6, weight_decay=0.01, bs=8, schedule="cosine", boxes=5)
     add = parser.add_argument_group("fine-tuning").add_argument
-    add("--weights", default="runs/distill/best.pt", metavar="FILE", help="checkpoint to start from: a distilled encoder "
-        "or a whole network, any of the five, or lite_medsam (default: %(default)s)")
-    add("--decoder-weights", metavar="FILE", help="checkpoint whose prompt encoder and mask decoder complete --weights")
-    add("--augment", choices=("none", "full"), default="none", help="full: flips, shift, scale, rotation (default: none)")
-    add("--freeze", choices=("none", "encoder", "prompt"), default="none", help="part that keeps its weights (default: none)")
+    add("--weights", default="runs/distill/best.pt", metavar="FILE", help="checkpoint to start from: a distilled "
+        "encoder or a whole network, any of the five, or lite_medsam (default: %(default)s)")
+    add("--decoder-weights", metavar="FILE", help="checkpoint whose prompt encoder and mask decoder complete "
+        "--weights")
+    add("--augment", choices=("none", "full"), default="none", help="full: flips, shift, scale, rotation (default: "
+        "none)")
+    add("--freeze", choices=("none", "encoder", "prompt"), default="none", help="part that keeps its weights "
+        "(default: none)")
     add("--freeze-norm", action="store_true", help="batch norms keep their running statistics: good for small batches")
-    add("--published-loss", action="store_true", help="as the published code: Dice and focal term without gradient, only "
-        "the IoU head's error trains (for comparison)")
+    add("--published-loss", action="store_true", help="as the published code: Dice and focal term without "
+        "gradient, only the IoU head's error trains (for comparison)")
     return parser.parse_args(argv)
 
 
@@ -93,8 +96,8 @@ def train(arguments, world):
     validation = SliceDataset(val_cases, val_slices, cache, **common, **VALIDATION)
     task = Finetuning(arguments, world, model, val_cases, val_slices, validation)
     trainer = Trainer(arguments, world, task, dataset, make_sampler(arguments, world, cases, slices))
-    say(f"{len(slices)} training slices of {len(cases)} cases, {len(val_slices)} validation slices of {len(val_cases)}; "
-        f"{model.name} at {size}; {trainer.steps} updates of {trainer.batch} samples")
+    say(f"{len(slices)} training slices of {len(cases)} cases, {len(val_slices)} validation slices of "
+        f"{len(val_cases)}; {model.name} at {size}; {trainer.steps} updates of {trainer.batch} samples")
     return trainer.fit()
 
 

@@ -1,5 +1,6 @@
 """What both training scripts are given: their common options, the cases split in two, slices, validation."""
 import argparse
+import gc
 import io
 import math
 import shlex
@@ -34,9 +35,9 @@ def common_parser(doc, **defaults):
     add = parser.add_argument_group("data").add_argument
     add("--data", default="data/train", metavar="DIR", help="NPZ cases, searched recursively (default: %(default)s)")
     add("--val", metavar="DIR", help="validation cases; without it --val-fraction of the patients of --data")
-    add("--val-fraction", type=float, default=0.1, help="part of the patients kept for validation (default: %(default)s)")
-    add("--patient", metavar="REGEX", help="what in a file's name tells the patient: the first group or the whole match "
-        "(default: guessed, e.g. P001 of P001_slice01)")
+    add("--val-fraction", type=float, default=0.1, help="part of the patients for validation (default: %(default)s)")
+    add("--patient", metavar="REGEX", help="what in a file's name tells the patient: the first group or the whole "
+        "match (default: guessed, e.g. P001 of P001_slice01)")
     add("--val-limit", type=int, default=200, metavar="N", help="validate on at most N slices (default: %(default)s)")
     add("--strict", action="store_true", help="stop at a bad file instead of skipping it")
     add("--limit-samples", type=int, metavar="N", help="train on N slices drawn at random")
@@ -45,15 +46,15 @@ def common_parser(doc, **defaults):
         "of cases) ** POWER, within one every case alike (POWER without a number: 0.5; off by default)")
     add("--cache", default="runs/cache", metavar="DIR", help="unpacked volumes (default: %(default)s)")
     add("--cache-mb", type=int, default=20000, help="size limit of --cache in MiB (default: %(default)s)")
-    add("--size", type=int, metavar="PIXELS", help="side of the network's input (default: the network's own); a smaller "
-        "multiple of 32 makes cheap early epochs of the EfficientViT networks")
+    add("--size", type=int, metavar="PIXELS", help="side of the network's input (default: the network's own); a "
+        "smaller multiple of 32 makes cheap early epochs of the EfficientViT networks")
     add("--boxes", type=int, metavar="N", help="objects drawn per image (default: %(default)s)")
     add("--box-shift", type=int, default=5, metavar="PIXELS", help="largest outward shift of a box's side (default: 5)")
     add("--box-jitter", type=float, default=0.0, metavar="PART", help="and shift either way by up to this part of the "
         "box's side, below 0.5 (default: 0)")
-    add("--in-use", type=float, default=0.0, metavar="PART", help="part of the samples of volumes whose boxes are those "
-        "that inference gives each slice, sometimes beyond the object's end, where the mask is empty (default: 0)")
-    add("--photometric", action="store_true", help="change brightness, contrast, sharpness, noise and colours at random")
+    add("--in-use", type=float, default=0.0, metavar="PART", help="part of the samples of volumes whose boxes are "
+        "those that inference gives each slice, sometimes beyond the object's end, where the mask is empty (default: 0)")
+    add("--photometric", action="store_true", help="also change brightness, contrast, sharpness, noise, colours")
     add = parser.add_argument_group("optimisation").add_argument
     add("--bs", type=int, help="batch size of each process (default: %(default)s)")
     add("--accumulate", type=int, default=1, metavar="N", help="add the gradients of N batches for one update")
@@ -102,6 +103,9 @@ def run_script(train, arguments):
         return 130
     finally:
         if dist.is_initialized():
+            # DistributedDataParallel is in a circle of references and would keep the group's threads to the very end of
+            # Python, where they can end the process with SIGABRT.
+            gc.collect()
             dist.destroy_process_group()
 
 

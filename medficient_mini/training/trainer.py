@@ -56,10 +56,10 @@ class Trainer:
         # Not every parameter has a gradient each time: a prompt encoder without points, a batch without masks.
         self.loss = DistributedDataParallel(task, find_unused_parameters=True) if world.size > 1 else task
         self.params = [p for p in task.model.parameters() if p.requires_grad]
-        groups = [{"params": [p for p in self.params if p.ndim > 1]}, {"params": [p for p in self.params if p.ndim <= 1]}]
+        matrices, others = ({"params": [p for p in self.params if (p.ndim > 1) == wanted]} for wanted in (True, False))
         if arguments.decay_matrices_only:
-            groups[1]["weight_decay"] = 0.0
-        self.optimizer = AdamW(groups, lr=arguments.lr, weight_decay=arguments.weight_decay)
+            others["weight_decay"] = 0.0
+        self.optimizer = AdamW([matrices, others], lr=arguments.lr, weight_decay=arguments.weight_decay)
         self.batch = arguments.bs * arguments.accumulate * world.size          # samples of one update
         sampler.set_position(0, 0)
         self.epoch_samples = len(sampler) * world.size
@@ -110,7 +110,7 @@ class Trainer:
         state, arguments = self.state, self.arguments
         self.sampler.set_position(state["epoch"], state["position"])
         left = min(math.ceil(len(self.sampler) / (arguments.bs * arguments.accumulate)), self.steps - state["step"])
-        if left <= 0:                                                          # the run was stopped just before validation
+        if left <= 0:                                                          # stopped just before the validation
             return
         self.task.model.train()
         for module in self.task.frozen:
@@ -190,7 +190,7 @@ class Trainer:
     def _end_epoch(self):
         """Validate, advance the schedule, log, draw, save last and best."""
         state, task = self.state, self.task
-        if time.monotonic() - self.saved_at > 60:                              # a run killed in validation repeats only that
+        if time.monotonic() - self.saved_at > 60:                              # killed in validation, a run repeats that
             self.save()
         began = time.monotonic()
         model = self.ema.module if self.ema else task.model
@@ -246,16 +246,17 @@ class Trainer:
         if self.world.first:
             try:
                 atomic_torch_save(content, path)
-            except (OSError, RuntimeError) as error:                           # torch reports a full disk as RuntimeError
-                raise ValueError(f"{path}: could not be written ({first_line(error)}); the one before is intact") from None
+            except (OSError, RuntimeError) as error:                           # torch's word for a full disk
+                raise ValueError(f"{path}: could not be written ({first_line(error)}); the one before is "
+                                 "intact") from None
         self.saved_at, self.saved_step = time.monotonic(), self.state["step"]
 
     def _load(self):
-        saved = read_last(self.folder)
+        path, saved = self.folder / "last.pt", read_last(self.folder)
         for key, value in saved["run"].items():
             if key not in MAY_CHANGE_ON_RESUME and self.run.get(key) != value:
-                raise ValueError(f"{self.folder / 'last.pt'}: --resume: {key.replace('_', '-')}: expected {value} as at "
-                                 f"the first start, found {self.run.get(key)}")
+                raise ValueError(f"{path}: --resume: {key.replace('_', '-')}: expected {value} as at the first start, "
+                                 f"found {self.run.get(key)}")
         self.task.model.load_state_dict(saved["raw"] if self.ema else saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
@@ -284,6 +285,7 @@ def draw(rows, path):
     """Draw the columns of log.csv over the steps; a picture that cannot be written costs a line, not the run."""
     names = [key for key in rows[-1] if not key.startswith(("epoch", "step", "minutes", "dsc_"))]
     try:
-        curves({name: [float(row.get(name, "nan")) for row in rows] for name in names}, [row["step"] for row in rows], path)
+        columns = {name: [float(row.get(name, "nan")) for row in rows] for name in names}
+        curves(columns, [row["step"] for row in rows], path)
     except OSError as error:
         say(f"{path}: could not be written ({first_line(error)})")
