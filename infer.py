@@ -88,7 +88,7 @@ def list_inputs(arguments) -> tuple[dict, list[str]]:
     try:
         cases, wrong = list_user_files(arguments) if arguments.own_files else (dict.fromkeys(list_cases(source)), [])
     except ValueError as error:
-        hint = " (pictures and volumes need --box, --boxes, --point or --pick)" * (not arguments.own_files)
+        hint = "" if arguments.own_files else " (pictures and volumes need --box, --boxes, --point or --pick)"
         raise ValueError(f"{error}{hint}") from None
     if output == (source if source.is_dir() else source.parent).resolve():
         raise ValueError(f"{arguments.output}: expected another folder for the masks than that of the cases")
@@ -161,7 +161,7 @@ def run(arguments) -> int:
                     print(f"{case.name}: intensities: {case.intensity}")
                 began = time.perf_counter()
                 found = segment(model, case, arguments, bar)
-                if found is None:
+                if not found:
                     break
                 seconds = time.perf_counter() - began
                 for line in lost_objects(found):

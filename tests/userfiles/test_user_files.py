@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from fakes import BrightSam, squares
 
+import eval
 import infer
 from medficient_mini.inference.compose import Composition
-from medficient_mini.userfiles import pick
+from medficient_mini.userfiles import convert, pick
 
 
 class OnPoints(BrightSam):
@@ -172,6 +173,19 @@ def test_a_volume_through_the_network(tmp_path, run):
     mask = np.asarray(nib.load(tmp_path / "out" / "v_mask.nii.gz").dataobj)
     assert [bool(mask[..., k].any()) for k in range(6)] == [False, False, True, True, True, True]
     assert dice(mask[..., 2] == 1, data[..., 2] > 0) > 0.9
+
+
+def test_converted_folders_are_segmented_and_scored(pictures, tmp_path, run):
+    for name in ("a.png", "sub/b.png", "c.png"):
+        (tmp_path / "masks" / name).parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(tmp_path / "masks" / name), squares((60, 90), [(20, 40, 30, 70)]))
+    words = ["-i", pictures, "-g", tmp_path / "masks", "-o", tmp_path / "npz", "--modality", "US", "--margin", 3]
+    assert convert.main([*map(str, words)]) == 0
+    out, err = run("-i", tmp_path / "npz", "-o", tmp_path / "segs")
+    assert "3 segmented" in out and not err
+    assert not eval.main(["-s", str(tmp_path / "segs"), "-g", str(tmp_path / "npz"), "--workers", "1"])
+    lines = (tmp_path / "segs" / "metrics.csv").read_text().splitlines()
+    assert sum("2D_US" in line for line in lines) == 3
 
 
 def test_pick_saves_what_was_drawn_and_quitting_ends_the_run(pictures, tmp_path, run, monkeypatch):
