@@ -1,10 +1,14 @@
 """Volumes: prompts of every slice (the default) and the published propagation, with a stand-in network."""
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from fakes import BrightSam, squares
 
-from medficient_mini.inference.volume import next_prompt, propagate, section_boxes, segment_volume
+from medficient_mini.inference.volume import Stopped, next_prompt, section_boxes, segment_volume
+
+propagate = partial(segment_volume, propagation="published")
 
 
 # ------------------------------------------------------------------------------------------------- sections
@@ -86,47 +90,38 @@ def test_one_slice_boxes_rgb_and_no_box():
     assert not segment_volume(BrightSam(), volume, np.zeros((0, 6))).any()
 
 
-class Confidence(BrightSam):
-    """Everything within its box is foreground; the smaller the box, the higher the logit."""
-
-    def decode(self, embedding, boxes, **options):
-        side = self.image_size
-        logits = torch.full((len(boxes), 1, 256, 256), -9.0)
-        for one, (x0, y0, x1, y1) in zip(logits, (boxes * 256 / side).round().int().tolist()):
-            one[0, y0:y1 + 1, x0:x1 + 1] = 256 / (x1 - x0 + 1)
-        return logits, torch.ones(len(boxes), 1)
-
-
-@pytest.mark.parametrize("small_first", [True, False])
-def test_a_voxel_claimed_twice(small_first):
-    small, large = [20., 20, 1, 40, 40, 1], [10., 10, 1, 60, 60, 1]
-    boxes = np.array([small, large] if small_first else [large, small])
-    volume = np.zeros((3, 64, 64), np.uint8)
-    small_label, large_label = (1, 2) if small_first else (2, 1)
-    higher = segment_volume(Confidence(), volume, boxes)
-    assert higher[1, 30, 30] == small_label and higher[1, 50, 50] == large_label
-    later = segment_volume(Confidence(), volume, boxes, overlap="later")
-    assert later[1, 30, 30] == 2 and later[1, 50, 50] == large_label
-
-
 def test_many_boxes_and_unknown_names():
-    volume = np.stack([squares((64, 64), [(10, 50, 10, 50)])] * 2)
-    boxes = np.tile([[8., 8, 0, 52, 52, 1]], (300, 1))
+    volume = squares((64, 64), [(10, 50, 10, 50)])[None]
+    boxes = np.tile([[8., 8, 0, 52, 52, 0]], (260, 1))
     segs = segment_volume(BrightSam(), volume, boxes, overlap="later")
-    assert segs.dtype == np.uint16 and segs.max() == 300
-    assert segment_volume(BrightSam(), volume, boxes).max() == 1             # equal logits: the first keeps the voxel
+    assert segs.dtype == np.uint16 and segs.max() == 260
+    assert segment_volume(BrightSam(), volume, boxes[:3]).max() == 1         # equal logits: the first keeps the voxel
     for wrong in (dict(propagation="section"), dict(overlap="late")):
         with pytest.raises(ValueError, match="expected one of"):
             segment_volume(BrightSam(), volume, boxes, **wrong)
 
 
-def test_published_is_dispatched_with_its_arguments():
+def test_progress_and_stopping():
+    volume, seen = drifting_volume(), []
+    boxes = np.array([[38., 36, 2, 82, 84, 4], [30, 36, 7, 110, 84, 8]])
+    for segment in (segment_volume, propagate):
+        seen.clear()
+        segment(BrightSam(), volume, boxes, progress=lambda done, total: seen.append((done, total)))
+        assert [done for done, _ in seen] == list(range(1, len(seen) + 1)) and len({total for _, total in seen}) == 1
+        assert seen[-1][0] == seen[-1][1] >= 5
+        with pytest.raises(Stopped, match="stopped after 2 of"):
+            segment(BrightSam(), volume, boxes, progress=lambda *state: seen.append(state),
+                    should_stop=lambda: seen[-1][0] == 2)
+        seen.append((0, 0))
+
+
+def test_boxes_and_volumes_are_checked():                                    # fault 34
     volume = drifting_volume()
-    boxes = np.array([[38., 36, 2, 82, 84, 9], [30, 36, 3, 110, 84, 11]])
-    start = np.array([4, 9])
-    for kept in (0, 1024):
-        assert (segment_volume(LooseSam(), volume, boxes, start, "published", cache_mb=kept)
-                == propagate(LooseSam(), volume, boxes, start=start)).all()
+    for wrong in (np.ones((3, 4)), [[5., 5, 3, np.nan, 9, 5]], [[60, 5, 3, 5, 50, 5]], [[5, 5, 50, 60, 50, 60]]):
+        with pytest.raises(ValueError, match="boxes: expected"):
+            segment_volume(BrightSam(), volume, np.array(wrong))
+    with pytest.raises(ValueError, match="uint8"):
+        segment_volume(BrightSam(), volume.astype(float), np.zeros((0, 6)))
 
 
 # ---------------------------------------------------------------------------------------- published propagation
