@@ -1,11 +1,11 @@
-"""What differs from machine to machine: whether the CPU has bfloat16, and two hints to glibc's allocator."""
+"""This module knows what differs from machine to machine: bfloat16 in the CPU, and how glibc keeps memory."""
 import ctypes
 
 import torch
 
 
 def native_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices itself (AVX512-BF16, AMX, or Arm's bf16 extension)."""
+    """Tell whether this CPU multiplies bfloat16 matrices itself (AVX512-BF16, AMX, or Arm's bf16 extension)."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     if any(getattr(torch.cpu, probe, bool)() for probe in probes):            # bool() is False
         return True
@@ -17,13 +17,13 @@ def native_bf16() -> bool:
 
 
 def keep_memory() -> None:
-    """For training: keep freed memory. Handing large buffers back and faulting them in again costs a CPU step 15 %."""
+    """Keep freed memory, for training: to hand large buffers back and fault them in again costs a CPU step 15 %."""
     for option, value in ((-3, 2 ** 30), (-1, 2 ** 31 - 1), (-2, 2 ** 28)):    # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
         _glibc("mallopt", option, value)
 
 
 def return_memory() -> None:
-    """After loading weights: hand freed memory back, which lies between what is still used (150 to 200 MB)."""
+    """Hand freed memory back, after loading weights: 150 to 200 MB lie between what is still used."""
     _glibc("malloc_trim", 0)
 
 

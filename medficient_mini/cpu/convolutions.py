@@ -61,6 +61,36 @@ class FusedResidual(nn.Module):
         return self.last(self.first(x), x)
 
 
+class FusedLiteMLA(nn.Module):
+    """The LiteMLA of nets/efficientvit.py on channels-last maps; the attention itself stays in float32."""
+
+    def __init__(self, plain: LiteMLA, dtype: torch.dtype):
+        super().__init__()
+        self.qkv = FusedConv(plain.qkv.conv, plain.qkv.norm, None, dtype)
+        self.aggregate = nn.Sequential(*(FusedConv(conv, None, None, dtype) for conv in plain.aggreg[0]))
+        self.proj = FusedConv(plain.proj.conv, plain.proj.norm, None, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:                                   # (B, C, H, W)
+        qkv = self.qkv(x)                                                     # (B, 3C, H, W)
+        aggregate = self.aggregate(qkv)
+        with torch.autocast("cpu", enabled=False):
+            out = attend(qkv, aggregate)
+        return self.proj(out)                                                 # (B, C, H, W)
+
+
+def attend(*scales: Tensor) -> Tensor:
+    """ReLU linear attention on channels-last maps (B, 3C, H, W), heads of 3·32 channels: (B, 2C, H, W) float32."""
+    B, channels, H, W = scales[0].shape
+    heads = torch.empty(B, len(scales) * channels // 96, H * W, 96)
+    for part, x in zip(heads.chunk(len(scales), dim=1), scales):
+        part.copy_(x.permute(0, 2, 3, 1).reshape(B, H * W, -1, 96).transpose(1, 2))           # float32 from here on
+    F.relu_(heads[..., :64])
+    q, k, v = heads.chunk(3, dim=3)                                           # (B, heads, N, 32)
+    out = q @ (k.transpose(2, 3) @ v)
+    out /= q @ k.sum(2)[..., None] + 1e-15
+    return out.transpose(1, 2).reshape(B, H, W, -1).permute(0, 3, 1, 2)
+
+
 class FusedNeck(nn.Module):
     """The Neck of nets/efficientvit.py; its sum over three scales is made in place."""
 
@@ -105,11 +135,10 @@ def fuse(module: nn.Module, dtype: torch.dtype) -> None:
         elif isinstance(child, ConvBN):
             setattr(module, name, FusedConv(child.c, child.bn, None, dtype))
         elif isinstance(child, LiteMLA):
-            fuse(child, dtype)
-            child.aggreg[0] = nn.Sequential(*(FusedConv(conv, None, None, dtype) for conv in child.aggreg[0]))
+            setattr(module, name, FusedLiteMLA(child, dtype))
         else:
             fuse(child, dtype)
-            if isinstance(child, Residual) and child.shortcut and not isinstance(child.main, LiteMLA):
+            if isinstance(child, Residual) and child.shortcut and not isinstance(child.main, FusedLiteMLA):
                 setattr(module, name, FusedResidual(child.main))
             elif isinstance(child, Neck):
                 setattr(module, name, FusedNeck(child))
