@@ -90,8 +90,8 @@ def compose(found: Composition, objects: np.ndarray, logits: Tensor, boxes: np.n
     place = () if z is None else (z,)
     labels = found.labels[place]                                 # (H, W), a view
     highest = np.zeros((height, width), np.float32)              # the logit of the object that has each pixel
-    inside = logits > 0
-    areas = inside.sum((1, 2)).numpy()
+    inside = logits.numpy() > 0
+    areas = inside.sum((1, 2))
     for i in np.lexsort((*boxes.T[::-1], -areas)):
         if z is None:
             region = reached_region(logits[i], height, width, size)
@@ -112,7 +112,7 @@ def compose(found: Composition, objects: np.ndarray, logits: Tensor, boxes: np.n
         highest[region][wins] = values[wins]
 
 
-def lies_inside(i: int, j: int, inside: Tensor, areas: np.ndarray, boxes: np.ndarray) -> bool:
+def lies_inside(i: int, j: int, inside: np.ndarray, areas: np.ndarray, boxes: np.ndarray) -> bool:
     """Tell whether object i lies inside object j, judged on the network's own grid of 256×256.
 
     At least 80 % of its mask and of its box lie in the other's, and its mask is at most 80 % as large. The boxes are
@@ -122,4 +122,4 @@ def lies_inside(i: int, j: int, inside: Tensor, areas: np.ndarray, boxes: np.nda
     shared_box = np.prod((high - low + 1).clip(0))
     return bool(shared_box >= INSIDE * np.prod(boxes[i, 2:] - boxes[i, :2] + 1)
                 and areas[i] <= INSIDE * areas[j]
-                and (inside[i] & inside[j]).sum() >= INSIDE * areas[i])
+                and np.count_nonzero(inside[i] & inside[j]) >= INSIDE * areas[i])

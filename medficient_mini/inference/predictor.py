@@ -13,7 +13,7 @@ from .boxes import check_boxes, check_points
 from .compose import OVERLAPS, Composition, compose
 from .geometry import boxes_to_network, logits_to_mask, postprocess_masks, sam_input, scaled_size, to_network
 
-BATCH = 2                            # prompts decoded at once: larger batches take more memory and no less time
+BATCH = 4                            # prompts decoded at once: larger batches take more memory and no less time
 
 
 def device_of(model) -> torch.device:

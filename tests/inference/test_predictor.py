@@ -9,6 +9,7 @@ import torch
 from fakes import PARITY, BrightSam, deterministic_sam, squares
 
 from medficient_mini.inference import predictor as module
+from medficient_mini.inference.geometry import SAM_MEAN, SAM_STD, sam_input
 from medficient_mini.inference.predictor import Predictor, decode, segment_image
 
 IMAGE = np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8)
@@ -63,6 +64,20 @@ def test_prompts_are_checked_as_those_of_files():                            # f
         predictor.set_image(IMAGE.astype(float))
 
 
+def test_boolean_labels_mean_1_and_0():                                      # fault 35
+    class Listener(BrightSam):
+        def decode(self, embedding, boxes=None, points=None, masks=None, multimask=False):
+            self.labels = points[1]
+            return torch.zeros(1, 3, 256, 256), torch.zeros(1, 3)
+    predictor = Predictor(Listener())
+    predictor.set_image(IMAGE)
+    for labels in (np.array([True, False]), [1, 0]):
+        predictor.predict(point_coords=np.array([[9, 9], [20, 20]]), point_labels=labels)
+        assert predictor.model.labels.dtype != torch.bool and predictor.model.labels.tolist() == [[1, 0]]
+    predictor.predict_torch(torch.ones(1, 2, 2), torch.tensor([[True, False]]))
+    assert predictor.model.labels.dtype != torch.bool
+
+
 def test_many_prompts_are_decoded_in_batches(monkeypatch):                   # fault 18
     seen, model = [], BrightSam()
     whole = model.decode
@@ -115,6 +130,14 @@ def test_signatures_are_sams():
         found, expected = (inspect.signature(getattr(kind, name)).parameters.values() for kind in (Predictor, theirs))
         assert [(p.name, p.default, p.kind) for p in found] == [(p.name, p.default, p.kind) for p in expected], name
     assert list(inspect.signature(Predictor).parameters)[0] == list(inspect.signature(theirs).parameters)[0]
+
+
+def test_sams_preprocessing_is_sams():
+    package = pytest.importorskip("segment_anything", reason="optional package segment-anything is not installed")
+    image = np.random.default_rng(3).integers(0, 255, (40, 30, 3), dtype=np.uint8).repeat(9, 0).repeat(9, 1)
+    theirs = package.utils.transforms.ResizeLongestSide(256).apply_image(image)
+    found = sam_input(image, 256)[:, :theirs.shape[0], :theirs.shape[1]].permute(1, 2, 0).numpy() * SAM_STD + SAM_MEAN
+    assert np.abs(found - theirs).max() < 1.01                               # Pillow rounds to whole numbers otherwise
 
 
 @pytest.mark.parametrize("prompt", ["points", "box", "both", "mask", "torch"])
