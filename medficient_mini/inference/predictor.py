@@ -94,7 +94,7 @@ def segment_image(model, image: np.ndarray, boxes: np.ndarray, overlap: str = OV
 
 
 class LongestSide:
-    """Bring prompts from pixels of an image to those of the network's input: SAM's `ResizeLongestSide`, by its names."""
+    """Scale prompts from an image to the network's input: SAM's `ResizeLongestSide`, by its names."""
 
     def __init__(self, target_length: int):
         self.target_length = target_length

@@ -75,7 +75,7 @@ def watched(visits: list, progress, should_stop):
             progress(done + 1, len(visits))
 
 
-def segment_sections(found: Composition, model, volume, boxes, drawn_slice, overlap: str, progress, should_stop) -> None:
+def segment_sections(found: Composition, model, volume, boxes, drawn_slice, overlap, progress, should_stop) -> None:
     """Segment every slice on its own; arguments of `segment_volume`."""
     height, width = volume.shape[1:3]
     flat = boxes[:, [0, 1, 3, 4]]
