@@ -1,6 +1,6 @@
 """Between an image of any size and a network's square input. The one convention for pixels:
 
-- A coordinate is a pixel index: pixel i of a row has coordinate i, zero-based; a box x0 y0 x1 y1 holds its corner pixels.
+- A coordinate is a pixel index, zero-based: pixel i of a row has coordinate i; a box x0 y0 x1 y1 holds its corners.
 - The longest side is scaled to the network's input size, the rest padded with zeros on the right and at the bottom.
 - Boxes and points stay floating point, are scaled with the image, and the prompt encoder adds SAM's half pixel.
 - Logits come back at 256×256 for the padded square: enlarged to the network's size, cropped, resized to the image
