@@ -42,8 +42,8 @@ def list_files(path, suffixes: tuple[str, ...]) -> list[Path]:
 def whole_file(path):
     """Give a temporary Path beside `path` that becomes it when the block ends well and vanishes when it does not.
 
-    The folder is made if need be. The temporary name starts with a dot, which hides it from `list_files`, and keeps
-    the suffix, since some writers choose the format by it. It holds nothing else of the name, so that a name of the
+    The folder is made if need be. The temporary name starts with a dot, which hides it from `list_files`, and ends as
+    `path` does, since some writers choose the format by it. It holds nothing else of the name, so that a name of the
     greatest length can be written, and differs from call to call, so that threads may write the same path: the one
     that ends last stays.
 
@@ -52,7 +52,7 @@ def whole_file(path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix[-64:]}")
+    temporary = path.with_name(f".{uuid.uuid4().hex}{path.name[-8:]}")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -2,94 +2,96 @@
 
 Errors are ValueErrors of one line, "<file name>: gts: expected …, found …".
 """
-import struct
 from pathlib import Path
 
+import cv2
 import numpy as np
 
-from .pictures import JPEG, PALETTE, PHOTOMETRIC, PNG, decode, png_chunk, read_bytes, tiff_fields
+from .pictures import JPEG, PALETTE, PHOTOMETRIC, decode, png_chunk, tiff_fields
 
-SCATTERED = 8                        # labels may be single pixels, but not those of more values than this
+MOST_VALUES = 32                     # more grey values or colours are no labels, but soft edges or a photograph
 
 
-def load_label_picture(path) -> tuple[np.ndarray, str | None]:
+def load_label_picture(path) -> tuple[np.ndarray, list[str]]:
     """Read a mask picture as uint16 labels (H, W), 0 the background.
 
-    Of a palette picture the indices are the labels, of a grey one the grey values ({0, 255} is one object), of a
-    coloured one every colour but black, numbered in order of (R, G, B). Where all that is visible has one colour, the
-    transparency is the mask. Grey values that only smoothing or JPEG makes are cut at half of white.
+    Of a palette PNG the indices are the labels, of a grey picture the grey values (see `grey_labels`), of a coloured
+    one every colour but black (see `coloured_labels`). What is transparent is background.
 
     Returns:
-        The labels, and a line for the user where they were cut or turned, else None.
+        The labels, and lines for the user that say how they were changed: turned, or cut.
 
     Raises:
-        ValueError: the file is absent or damaged, or its values cannot be labels.
+        ValueError: the file is damaged, or its values cannot be labels.
+        OSError: it cannot be read.
     """
     path = Path(path)
-    data = read_bytes(path)
-    if tiff_fields(data).get(PHOTOMETRIC) == PALETTE:
-        raise ValueError(f"{path.name}: gts: expected labels, found a TIFF with a palette (save it as PNG)")
-    indexed = indices_as_grey(data)
-    pixels, remark = decode(indexed or data, path)
-    if indexed:
-        labels, cut = pixels.reshape(*pixels.shape[:2], -1)[..., 0].astype(np.uint16), None
+    name, data = path.name, path.read_bytes()
+    if data.startswith(b"\x89PNG") and data[25:26] == b"\3":                 # the colour type of a palette
+        pixels, remarks = decode(indices_as_grey(data), name)
+        labels = pixels[..., 0]
     else:
-        labels, cut = labels_of(pixels, data.startswith(JPEG), path.name)
-    remarks = ", ".join(filter(None, [remark, cut]))
-    return labels, f"{path.name}: gts: {remarks}" if remarks else None
+        pixels, remarks = decode(data, name)
+        whole = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)     # as it lies in the file
+        if whole.shape[2:] == (4,):
+            if remarks:
+                raise ValueError(f"{name}: gts: expected an opaque mask or no EXIF orientation, found transparency")
+            pixels = visible_part(pixels, whole[..., 3:])
+        white = 255 if pixels.dtype == np.uint8 else 65535
+        pixels = whole_numbers(pixels, name)
+        if (pixels == pixels[..., :1]).all():
+            labels, cut = grey_labels(pixels[..., 0], white, data.startswith(JPEG), name)
+            remarks += cut
+        else:
+            labels = coloured_labels(pixels, data, name)
+    return labels.astype(np.uint16), [f"{name}: gts: {remark}" for remark in remarks]
 
 
-def indices_as_grey(data: bytes) -> bytes | None:
-    """Give a palette PNG or BMP a palette that maps each index to itself; None where the data are neither."""
-    grey = np.arange(256, dtype=np.uint8)
-    if data.startswith(PNG) and data[25:26] == b"\3":                       # the colour type
-        start = data.find(b"PLTE") - 4
-        size, = struct.unpack_from(">I", data, start)
-        return data[:start] + png_chunk(b"PLTE", grey.repeat(3).tobytes()[:size]) + data[start + 12 + size:]
-    if data.startswith(b"BM") and int.from_bytes(data[28:30], "little") <= 8 and len(data) > 54:    # bits of a pixel
-        pixels, header = struct.unpack_from("<II", data, 10)
-        palette = np.stack([grey] * 4, -1).tobytes()[:pixels - 14 - header]
-        return data[:14 + header] + palette + data[14 + header + len(palette):]
-    return None
+def indices_as_grey(data: bytes) -> bytes:
+    """Give a palette PNG a palette that maps each index to itself, so that decoding it yields the indices."""
+    before, _, after = data.partition(b"PLTE")
+    size = int.from_bytes(before[-4:], "big")
+    grey = np.arange(256, dtype=np.uint8).repeat(3).tobytes()[:size]
+    return before[:-4] + png_chunk(b"PLTE", grey) + after[size + 4:]
 
 
-def labels_of(pixels: np.ndarray, jpeg: bool, name: str) -> tuple[np.ndarray, str | None]:
-    """Turn the pixels of a mask, grey, RGB or RGBA, into uint16 labels (H, W) and words if they had to be cut."""
-    if pixels.ndim == 3 and pixels.shape[2] == 4:
-        alpha, pixels = pixels[..., 3], pixels[..., :3]
-        if np.ptp(alpha):
-            visible = pixels[alpha > 0]
-            pixels = alpha if (visible == visible[0]).all() else pixels * (alpha > 0)[..., None]
-    if pixels.ndim == 3 and (pixels == pixels[..., :1]).all():
-        pixels = pixels[..., 0]
-    if pixels.ndim == 3:
-        numbers = (pixels.astype(np.int64) << np.array([32, 16, 0])).sum(-1)
-        colours_found, labels = np.unique(numbers, return_inverse=True)
-        labels = labels.reshape(numbers.shape) + (colours_found[0] != 0)
-        if len(colours_found) > 256 or jpeg or scattered(labels) > SCATTERED:
-            raise ValueError(f"{name}: gts: expected at most 255 flat colours of objects on black, found "
-                             f"{len(colours_found)} colours{' of a JPEG' if jpeg else ''}")
-        return labels.astype(np.uint16), None
+def visible_part(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Blacken pixels (H, W, 3) less than half as opaque as the most opaque one; of black on nothing give the shape."""
+    visible = (alpha >= alpha.max() / 2).astype(np.uint8)
+    seen = pixels * visible
+    return seen if seen.any() or visible.all() else visible
 
-    labels = whole_numbers(pixels, name)
-    most = 255 if pixels.dtype == np.uint8 else 65535
+
+def grey_labels(labels: np.ndarray, white: int, jpeg: bool, name: str) -> tuple[np.ndarray, list[str]]:
+    """Leave grey values (H, W) as they are where they are few or small, else cut white on black with soft edges.
+
+    Raises:
+        ValueError: there are many values, and black and white are not the two fullest quarters of the histogram.
+    """
     values = np.unique(labels)
-    if values[-1] <= most // 16 or scattered(labels) <= SCATTERED and not (jpeg and len(values) > 2):
-        return labels, None
-    white = labels > most - most // 4
-    grey = (labels > most // 16) & ~white
-    if not white.any() or grey.sum() > (white.sum() if jpeg else labels.size / 2):
-        raise ValueError(f"{name}: gts: expected labels or black and white, found {len(values)} grey values scattered "
-                         "as in a photograph or a compressed picture")
-    return (labels > most // 2).astype(np.uint16), f"a black and white mask with soft edges, cut at {most // 2 + 1}"
+    if values[-1] <= white // 16 or len(values) <= (2 if jpeg else MOST_VALUES):
+        return labels, []
+    quarters = np.bincount(labels.ravel() // (white // 4 + 1), minlength=4)
+    if min(quarters[0], quarters[3]) <= max(quarters[1], quarters[2]):
+        raise ValueError(f"{name}: gts: expected labels or black and white, found {len(values)} grey values (save more "
+                         f"than {MOST_VALUES} labels as 16 bits or with a palette, and none as JPEG)")
+    return labels > white // 2, [f"a black and white mask with soft edges, cut at {white // 2 + 1}"]
 
 
-def scattered(labels: np.ndarray) -> int:
-    """Count the labels (H, W) most of whose pixels equal neither the next nor the one below: smooth edges, noise."""
-    flat = np.zeros(labels.shape, bool)
-    flat[:, :-1] = labels[:, :-1] == labels[:, 1:]
-    flat[:-1] |= labels[:-1] == labels[1:]
-    return int((2 * np.bincount(labels[flat], minlength=65536) < np.bincount(labels.ravel(), minlength=65536)).sum())
+def coloured_labels(pixels: np.ndarray, data: bytes, name: str) -> np.ndarray:
+    """Number the colours but black of RGB (H, W, 3) in order of (R, G, B), as integers (H, W).
+
+    Raises:
+        ValueError: there are too many colours, those of a JPEG, or those of a palette that is not read.
+    """
+    if tiff_fields(data).get(PHOTOMETRIC) == PALETTE or data.startswith(b"BM") and data[28] <= 8:     # bits of a pixel
+        raise ValueError(f"{name}: gts: expected labels with a palette as PNG, found another format")
+    numbers = pixels.astype(np.int64) @ (1 << 32, 1 << 16, 1)
+    found, labels = np.unique(numbers, return_inverse=True)
+    if len(found) > MOST_VALUES or data.startswith(JPEG):
+        raise ValueError(f"{name}: gts: expected at most {MOST_VALUES} flat colours and no JPEG, found {len(found)} "
+                         "colours")
+    return labels.reshape(numbers.shape) + (found[0] != 0)
 
 
 def whole_numbers(array: np.ndarray, name: str) -> np.ndarray:

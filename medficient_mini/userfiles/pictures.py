@@ -2,11 +2,8 @@
 
 Errors are ValueErrors of one line, "<file name>: <field>: expected …, found …".
 """
-import os
 import re
 import struct
-import tempfile
-import threading
 import zlib
 from pathlib import Path
 
@@ -23,9 +20,7 @@ PERCENTILES = (0.5, 99.5)            # of the non-zero numbers, as MedSAM prepar
 SAMPLE = 1 << 23                     # numbers that percentiles are taken from; smaller images give all of theirs
 PHOTOMETRIC, ORIENTATION = 262, 274  # the TIFF fields that are looked at; EXIF has the second one too
 INVERTED, PALETTE = 0, 3             # values of PHOTOMETRIC: zero is white; numbers are indices of colours
-PNG, JPEG = b"\x89PNG", b"\xff\xd8\xff"  # first bytes, which say more than a file's name
-COMPLAINT = re.compile(rb"^(Corrupt JPEG|Premature end of JPEG|Invalid SOS|libpng).*\n", re.MULTILINE)
-ONE_AT_A_TIME = threading.Lock()     # a process has one standard error
+JPEG = b"\xff\xd8\xff"               # first bytes, which say more than a file's name
 TURNED = "turned as its EXIF orientation says"
 
 
@@ -36,11 +31,8 @@ def is_nifti(path) -> bool:
 
 def stem_of(path) -> str:
     """Return the file name without its ending, where .nii.gz is one ending."""
-    name = Path(path).name
-    for suffix in (".nii.gz", *PICTURES, ".nii", ".npz"):
-        if name.lower().endswith(suffix):
-            return name[:-len(suffix)]
-    return name
+    endings = "|".join((".nii.gz", ".npz", *VOLUMES, *PICTURES)).replace(".", r"\.")
+    return re.sub(f"({endings})$", "", Path(path).name, flags=re.IGNORECASE)
 
 
 # --------------------------------------------------------------------------------------------------- intensities
@@ -54,17 +46,17 @@ def parse_window(words: list[str] | None) -> tuple[float, float] | None:
     if words is None:
         return None
     try:
-        level, width = WINDOWS[words[0]] if len(words) == 1 else map(float, words)
-        if np.isfinite([level, width]).all() and width > 0:
-            return level, width
-    except (KeyError, ValueError):
-        pass
-    raise ValueError(f"--window: expected LEVEL WIDTH with a width above 0, or one of {', '.join(WINDOWS)}, "
-                     f"found {' '.join(words)}")
+        level, width = map(float, WINDOWS.get(" ".join(words), words))
+    except ValueError:
+        level, width = 0.0, 0.0
+    if not (np.isfinite(level) and 0 < width < np.inf):
+        raise ValueError(f"--window: expected LEVEL WIDTH with a width above 0, or one of {', '.join(WINDOWS)}, "
+                         f"found {' '.join(words)}")
+    return level, width
 
 
 def intensity_range(sample: np.ndarray, window: tuple[float, float] | None) -> tuple[float, float, str]:
-    """Decide which numbers become 0 and 255: the window's ends, else percentiles of the sample.
+    """Decide which numbers become 0 and 255: the window's ends, 8 bits' own, else percentiles of the sample.
 
     Returns:
         low, high, and words that say where they come from.
@@ -72,14 +64,17 @@ def intensity_range(sample: np.ndarray, window: tuple[float, float] | None) -> t
     if window is not None:
         level, width = window
         return level - width / 2, level + width / 2, f"window level {level:g} width {width:g}"
+    if sample.dtype == np.uint8:
+        return 0.0, 255.0, "8 bits as they are"
     finite = sample[np.isfinite(sample)].astype(np.float64)
-    numbers = finite[finite != 0]
-    low, high = map(float, np.percentile(numbers, PERCENTILES)) if len(numbers) else (0.0, 0.0)
-    if low == high and len(numbers):
+    if not finite.any():
+        return 0.0, 0.0, "all values are zero"
+    low, high = np.percentile(finite[finite != 0], PERCENTILES).tolist()
+    text = f"{PERCENTILES[0]:g} and {PERCENTILES[1]:g} percentiles of non-zero values"
+    if low == high:
         # A picture of one number on zero would turn black: the zeros count after all.
-        low, high = float(finite.min()), float(finite.max())
-        return low, high, f"least and greatest value: {low:.9g} to {high:.9g}"
-    return low, high, f"{PERCENTILES[0]:g} and {PERCENTILES[1]:g} percentiles of non-zero values: {low:.9g} to {high:.9g}"
+        low, high, text = float(finite.min()), float(finite.max()), "least and greatest value"
+    return low, high, f"{text}: {low:.9g} to {high:.9g}"
 
 
 def to_uint8(array: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -104,106 +99,59 @@ def load_picture(path, window: tuple[float, float] | None = None) -> tuple[np.nd
         The picture and words that say how its intensities were mapped, and whether it was turned.
 
     Raises:
-        ValueError: the file is absent, damaged or no single picture.
+        ValueError: the file is damaged or no single picture.
+        OSError: it cannot be read.
     """
     path = Path(path)
-    pixels, remark = decode(read_bytes(path), path)
-    pixels = np.atleast_3d(pixels)[..., :3]
-    text = "8 bits as they are"
-    if pixels.dtype != np.uint8 or window is not None:
-        step = -(-pixels.size // SAMPLE)
-        low, high, text = intensity_range(pixels.reshape(-1, pixels.shape[2])[::step], window)
-        pixels = to_uint8(pixels, low, high)
-    rgb = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
-    return np.ascontiguousarray(rgb), "; ".join(filter(None, [text, remark]))
+    pixels, remarks = decode(path.read_bytes(), path.name)
+    step = -(-pixels.size // SAMPLE)
+    low, high, text = intensity_range(pixels.reshape(-1, pixels.shape[2])[::step], window)
+    rgb = np.broadcast_to(to_uint8(pixels, low, high), (*pixels.shape[:2], 3))
+    return np.ascontiguousarray(rgb), "; ".join([text, *remarks])
 
 
-def decode(data: bytes, path: Path) -> tuple[np.ndarray, str | None]:
-    """Decode a picture file's bytes to grey (H, W), RGB (H, W, 3) or RGBA (H, W, 4) in the file's own type, upright.
+def decode(data: bytes, name: str) -> tuple[np.ndarray, list[str]]:
+    """Decode a picture file's bytes to grey (H, W, 1) or RGB (H, W, 3) in the file's own type, upright, opaque.
 
     Returns:
-        The pixels, and TURNED where they lie otherwise than in the file.
+        The pixels, and [TURNED] where they lie otherwise than in the file.
 
     Raises:
         ValueError: the data are damaged, not a picture, or more than one.
     """
-    pixels, complaints = quietly(cv2.imdecode, np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if pixels is None:
-        raise ValueError(f"{path.name}: file: expected a PNG, JPEG, TIFF or BMP picture, found damaged or other data")
     # Every JPEG, a thumbnail within another one too, begins with FF D8 FF and ends with FF D9.
-    damage = re.search(rb"^(Corrupt|Premature end of) JPEG.*", complaints, re.MULTILINE)
-    if damage or data.startswith(JPEG) and data.count(b"\xff\xd9") < data.count(JPEG):
-        raise ValueError(f"{path.name}: file: expected a whole JPEG picture, found a damaged one"
-                         + (f" ({damage[0].decode()})" if damage else ""))
+    if data.startswith(JPEG) and data.count(b"\xff\xd9") < data.count(JPEG):
+        raise ValueError(f"{name}: file: expected a whole JPEG picture, found a damaged one")
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)        # our one line instead of its several
+    try:
+        _, pages = cv2.imdecodemulti(np.frombuffer(data, np.uint8), cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
+    except cv2.error:
+        pages = ()
+    if len(pages) != 1:
+        found = f"{len(pages)} pages" if pages else "damaged or other data"
+        raise ValueError(f"{name}: file: expected one PNG, JPEG, TIFF or BMP picture, found {found}")
+    pixels = np.atleast_3d(pages[0])[..., ::-1]                              # BGR to RGB
     tiff = tiff_fields(data)
-    pages = quietly(cv2.imcount, str(path))[0] if tiff else 1
-    if pages and pages > 1:
-        raise ValueError(f"{path.name}: file: expected one picture, found {pages} pages")
-    if pixels.ndim == 3:
-        if pixels.shape[2] not in (3, 4):
-            raise ValueError(f"{path.name}: file: expected grey or RGB, found {pixels.shape[2]} channels")
-        pixels = pixels[..., [2, 1, 0, 3][:pixels.shape[2]]]
-    if tiff.get(PHOTOMETRIC) == INVERTED and pixels.dtype.itemsize > 1:      # OpenCV inverts those of 8 bits itself
+    if tiff.get(PHOTOMETRIC) == INVERTED and pixels.itemsize > 1:            # OpenCV inverts those of 8 bits itself
         pixels = -pixels if pixels.dtype.kind == "f" else ~pixels
     exif = re.search(rb"Exif\0\0|eXIf", data)
-    turn = (tiff or (tiff_fields(data[exif.end():]) if exif else {})).get(ORIENTATION, 1)
-    if not tiff:                                                             # OpenCV turns a TIFF itself
-        pixels = pixels.swapaxes(0, 1) if turn in (5, 6, 7, 8) else pixels
-        pixels = pixels[:, ::-1] if turn in (2, 3, 6, 7) else pixels
-        pixels = pixels[::-1] if turn in (3, 4, 7, 8) else pixels
-    return pixels, TURNED if 2 <= turn <= 8 else None
+    fields = tiff_fields(data[exif.end():]) if exif and not tiff else tiff
+    turned = 2 <= fields.get(ORIENTATION, 1) <= 8
+    return pixels, [TURNED] if turned else []
 
 
 def tiff_fields(data: bytes) -> dict[int, int]:
-    """Read the first number of each field in the first directory of TIFF or EXIF data; empty where there is none."""
-    fields = {}
+    """Read the fields of 16 bits in the first directory of TIFF or EXIF data; empty where there is none."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[:4])
     if order is None:
-        return fields
+        return {}
     try:
         start, = struct.unpack_from(f"{order}I", data, 4)
         count, = struct.unpack_from(f"{order}H", data, start)
-        for place in range(start + 2, start + 2 + 12 * count, 12):
-            tag, kind = struct.unpack_from(f"{order}HH", data, place)
-            fields[tag], = struct.unpack_from(order + ("H" if kind == 3 else "I"), data, place + 8)
-    except struct.error:
-        pass                                                                 # cut short: what there is will do
-    return fields
-
-
-def read_bytes(path: Path) -> bytes:
-    """Read a whole file.
-
-    Raises:
-        ValueError: it is absent or may not be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path.name}: file: expected a readable picture, found: {error.strerror}") from None
-
-
-def quietly(function, *arguments) -> tuple[object, bytes]:
-    """Call a function of OpenCV; give what it returns, None for an error, and its libraries' words on standard error.
-
-    The JPEG library says nowhere else that it had to guess pixels; and a user is to see our one line instead. What
-    other threads write on standard error meanwhile comes through afterwards.
-    """
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    with ONE_AT_A_TIME, tempfile.TemporaryFile() as written:
-        stderr = os.dup(2)
-        os.dup2(written.fileno(), 2)
-        try:
-            result = function(*arguments)
-        except cv2.error:
-            result = None
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-        written.seek(0)
-        text = written.read()
-        os.write(2, COMPLAINT.sub(b"", text))
-    return result, text
+        entries = struct.iter_unpack(f"{order}HHIHH", data[start + 2:start + 2 + 12 * count])
+        return {tag: value for tag, _, _, value, _ in entries}
+    except struct.error:                                                     # cut short
+        return {}
 
 
 def save_label_picture(path, segs: np.ndarray) -> None:

@@ -106,8 +106,8 @@ def test_units_become_mm(tmp_path, unit, mm):                                   
     image = nib.Nifti1Image(np.zeros((4, 5, 6), np.uint8), np.diag([-2.0, -3, 4, 1]))
     image.header.set_xyzt_units(unit)
     nib.save(image, tmp_path / "a.nii")
-    volume, grid, text = load_nifti(tmp_path / "a.nii")
-    assert np.allclose(grid.spacing, np.array([4, 3, 2]) * mm) and ("turned into mm" in text) == (mm != 1)
+    volume, grid, _ = load_nifti(tmp_path / "a.nii")
+    assert np.allclose(grid.spacing, np.array([4, 3, 2]) * mm)
     save_label_nifti(tmp_path / "m.nii", volume, grid)
     mask = nib.load(tmp_path / "m.nii")
     assert np.allclose(mask.affine, image.affine) and mask.header.get_xyzt_units()[0] == unit
@@ -188,7 +188,7 @@ def test_bad_volumes_are_one_line(tmp_path, caplog):
     header = bytearray((tmp_path / "whole.nii").read_bytes())
     header[42:48] = struct.pack("<hhh", 30000, 30000, 30000)
     (tmp_path / "huge.nii").write_bytes(header)
-    fails(load_nifti, tmp_path / "huge.nii", "54,000,000,000,000 bytes")
+    fails(load_nifti, tmp_path / "huge.nii", "54,000,000,000,352 bytes")
     header[0:4], header[70:72] = bytes(4), b"\x04\x08"                   # sizeof_hdr and datatype
     (tmp_path / "odd.nii").write_bytes(header)
     fails(load_nifti, tmp_path / "odd.nii", "file: expected a NIfTI volume")
@@ -204,10 +204,10 @@ def test_checksums_are_read(tmp_path):                                          
     _, grid, _ = load_nifti(path)
     packed[-300] ^= 64
     path.write_bytes(packed)
-    fails(load_nifti, path, "file: expected (9, 9, 9) voxels, found it damaged (CRC check failed")
+    fails(load_nifti, path, "file: expected a NIfTI volume, found it unreadable (CRC check failed")
     fails(lambda p: load_label_nifti(p, grid), path, "CRC check failed")
     path.write_bytes(packed[:-4])
-    fails(load_nifti, path, "damaged")
+    fails(load_nifti, path, "unreadable")
 
 
 def test_mismatched_masks_are_one_line(tmp_path):
