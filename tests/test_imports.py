@@ -6,8 +6,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "medficient_mini"
 BELOW = {"files": set(), "machine": set(), "show": {"files"}, "nets": set(),
          "inference": {"nets", "show", "files", "machine"}}
 BELOW |= {room: {"inference", *BELOW["inference"]} for room in ("training", "evaluation", "cpu", "userfiles")}
-# The library's front, and load_model(precision=…), which hands the loaded network to the CPU room.
-EXCEPTIONS = {("__init__", "inference"), ("__init__", "evaluation"), ("inference.checkpoint", "cpu")}
+# load_model(precision=…), which hands the loaded network to the CPU room.
+EXCEPTIONS = {("inference.checkpoint", "cpu")}
 
 
 def imports(path: Path):
