@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from medficient_mini.evaluation.metrics import case_scores
-from medficient_mini.evaluation.report import markdown, metrics_csv, read_seconds, summary_csv
+from medficient_mini.evaluation.report import add_seconds, markdown, metrics_csv, summary_csv
 from medficient_mini.files import first_line, whole_file
 from medficient_mini.inference.npz import list_cases, modality_of, read_case, read_labels, source_of
 from medficient_mini.show.draw import compare_row, save_png, sheet
@@ -52,61 +52,48 @@ def main(argv=None) -> int:
     """Run the script with these arguments (default: the command line's); return the exit status."""
     try:
         return evaluate(parse_arguments(argv))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, BrokenProcessPool) as error:
         print(first_line(error), file=sys.stderr)
-    except BrokenProcessPool:
-        print("a process was killed, probably for want of memory: try fewer --workers", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    return 1
 
 
 def evaluate(arguments) -> int:
     """Score, write the tables, draw; return 1 if anything was wrong with an input, else 0."""
-    folders = named_folders(arguments.segs)
-    truths, problems = files_by_name(arguments.gts)
-    masks = {}
-    for name, folder in folders.items():
-        masks[name], lines = files_by_name(folder)
-        problems += lines + compare_names(folder, masks[name], truths, arguments)
-    complain(problems)
-    output = arguments.output or next(folder if folder.is_dir() else folder.parent for folder in folders.values())
+    folders, problems = named_folders(arguments.segs), []
+    truths = files_by_name(arguments.gts, problems)
+    masks = {name: files_by_name(folder, problems) for name, folder in folders.items()}
+    for name, found in masks.items():
+        problems += compare_names(name, found, truths, arguments)
+    output = arguments.output or next(iter(folders.values()))
     output.mkdir(parents=True, exist_ok=True)                # before the work, not after it
 
-    results = {name: [] for name in folders}
-    for rows, wrong, hints in score_all(masks, truths, arguments):
-        problems += complain(wrong)
-        complain(hints)
+    results, hints = {name: [] for name in folders}, []
+    for rows, wrong, odd in score_all(masks, truths, arguments):
         for name, row in rows.items():
             results[name].append(row)
-    for name, folder in folders.items():
-        seconds, lines = read_seconds(folder)
-        problems += complain(lines)
-        for row in results[name] if seconds else []:
-            row["seconds"] = seconds.get(row["case"])
-
+        problems += wrong
+        hints += odd
+    tables = {}
+    for name, rows in results.items():
+        add_seconds(rows, folders[name], problems)
+        tables[f"metrics_{name}.csv" if len(results) > 1 else "metrics.csv"] = metrics_csv(rows)
     average = "Each data set stands as a modality of its own" if arguments.by_source else \
         "The average over modalities is the paper's"
     heading = (f"## Scores on {arguments.gts}\n\nDSC and NSD in percent, NSD at a tolerance of {arguments.tolerance:g} "
                f"mm (pixels in 2D). {average}; in the average over cases every case counts alike.")
-    tables = {f"metrics_{name}.csv" if len(results) > 1 else "metrics.csv": metrics_csv(rows)
-              for name, rows in results.items()}
     tables |= {"summary.csv": summary_csv(results), "summary.md": markdown(results, arguments.published, heading)}
     for name, text in tables.items():
         with whole_file(output / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     print(tables["summary.md"])
     for name, rows in results.items() if arguments.figure else ():
-        problems += complain(draw_figures(arguments.figure / (name if len(results) > 1 else ""), rows))
-    return 1 if problems else 0
-
-
-def complain(lines: list[str]) -> list[str]:
-    """Print the lines on stderr and give them back."""
-    for line in lines:
+        draw_figures(arguments.figure / (name if len(results) > 1 else ""), rows, problems)
+    for line in problems + hints:
         print(line, file=sys.stderr)
-    return lines
+    return int(bool(problems))
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -117,30 +104,30 @@ def named_folders(arguments: list[str]) -> dict[str, Path]:
     for argument in arguments:
         name, _, folder = ("", "", argument) if Path(argument).exists() else argument.rpartition("=")
         name = name or Path(folder).resolve().name
-        if name in folders or not name or "/" in name:
-            raise ValueError(f"-s {argument}: expected NAME=FOLDER, a name without / of its own for each, found "
+        if name in folders or "/" in name:
+            raise ValueError(f"-s {argument}: expected NAME=FOLDER, each with a name of its own without /, found "
                              f"{name!r}")
         folders[name] = Path(folder)
     return folders
 
 
-def files_by_name(folder) -> tuple[dict[str, Path], list[str]]:
-    """{file name: path} of all NPZ files below the folder, and a line for each that has the name of another."""
-    found, lines = {}, []
+def files_by_name(folder, problems: list[str]) -> dict[str, Path]:
+    """{file name: path} of all NPZ files below the folder; a line in `problems` for each that has another's name."""
+    found = {}
     for path in list_cases(folder):
         if found.setdefault(path.name, path) != path:
-            lines.append(f"{path}: expected each file name once, found {found[path.name]} before")
-    return found, lines
+            problems.append(f"{path}: expected each file name once, found {found[path.name]} before")
+    return found
 
 
-def compare_names(folder, masks, truths, arguments) -> list[str]:
+def compare_names(name: str, masks, truths, arguments) -> list[str]:
     """Lines about masks without ground truth and ground truth without masks."""
     lines, strangers, missing = [], sorted(masks.keys() - truths.keys()), sorted(truths.keys() - masks.keys())
     if strangers:
-        lines.append(f"{folder}: expected masks of the cases in {arguments.gts}, found {len(strangers)} without ground "
-                     f"truth, the first {strangers[0]}")
+        lines.append(f"{name}: expected masks of the cases in {arguments.gts}, found some without ground truth: "
+                     f"{', '.join(strangers)}")
     if missing:
-        lines.append(f"{folder}: expected masks of {len(truths)} cases, found {len(missing)} missing "
+        lines.append(f"{name}: expected masks of {len(truths)} cases, found {len(missing)} missing "
                      f"({'left out' if arguments.skip_missing else 'scored 0'}): {', '.join(missing)}")
     return lines
 
@@ -148,79 +135,72 @@ def compare_names(folder, masks, truths, arguments) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- scoring
 
 def score_all(masks, truths, arguments):
-    """`score` of every case, in processes where --workers says so, in the order of the names."""
-    jobs = [(truths[case], {name: found.get(case) for name, found in masks.items()
-                            if case in found or not arguments.skip_missing}) for case in sorted(truths)]
-    work, workers = partial(score, arguments=arguments), min(arguments.workers, len(jobs))
-    with ProcessPoolExecutor(max(1, workers)) as pool:       # it starts no process before the first job
-        return list(ProgressBar((pool.map if workers > 1 else map)(work, jobs), len(jobs), "scoring"))
+    """`score` of every case, in processes where --workers says so."""
+    paths = [{name: found.get(case) for name, found in masks.items()} for case in truths]
+    with ProcessPoolExecutor(arguments.workers) as pool:        # without a job it starts no process
+        run = pool.map if arguments.workers > 1 else map
+        scored = run(partial(score, arguments=arguments), truths.values(), paths)
+        return list(ProgressBar(scored, len(truths), "scoring"))
 
 
-def score(job, arguments) -> tuple[dict[str, dict], list[str], list[str]]:
+def score(truth: Path, masks: dict[str, Path | None], arguments) -> tuple[dict[str, dict], list[str], list[str]]:
     """Score one case of all results.
 
     Args:
-        job: the path of the ground truth, and of each result the path of its masks, None where there are none.
+        truth: the ground truth.
+        masks: the masks of each result, None where there are none.
 
     Returns:
         The row of each result (none where the ground truth is bad), lines about bad files, and lines that only hint.
     """
-    truth, paths = job
     rows, wrong, hints = {}, [], []
     try:
         gts, spacing_mm = read_labels(truth, "gts")
-        for name, path in paths.items():
-            prefix = f"{name}: " if len(arguments.segs) > 1 else ""
+        for name, path in masks.items():
+            if path is None and arguments.skip_missing:
+                continue
             try:
                 segs = read_labels(path, "segs")[0] if path else np.zeros_like(gts)
                 if segs.shape != gts.shape:
-                    raise ValueError(f"segs: expected the shape of gts, {gts.shape}, found {segs.shape}")
-            except Exception as error:
-                wrong.append(f"{prefix}{named(truth, error)}: scored 0")
+                    raise ValueError(f"{path.name}: segs: expected the shape of gts, {gts.shape}, found {segs.shape}")
+            except ValueError as error:
+                wrong.append(f"{error}: scored 0 in {name}")
                 segs, path = np.zeros_like(gts), None
             row = {"case": truth.name, "modality": (source_of if arguments.by_source else modality_of)(truth),
                    "kind": f"{gts.ndim}D", "truth": truth, "masks": path}
             rows[name] = row | case_scores(gts, segs, spacing_mm, arguments.tolerance, arguments.contour_nsd)
-            if rows[name]["dsc"] == 0 and segs.any() and not np.isin(segs[segs > 0], gts).any():
-                hints.append(f"{prefix}{truth.name}: segs: expected labels of the ground truth (the largest is "
-                             f"{gts.max()}), found none of them (the largest is {segs.max()})")
+            if rows[name]["dsc"] == 0 and segs.any() and not np.intersect1d(gts, segs).any():
+                hints.append(f"{truth.name}: segs: expected labels of the ground truth (the largest is {gts.max()}), "
+                             f"found none of them in {name} (the largest is {segs.max()})")
         if not gts.any():
             hints.append(f"{truth.name}: gts: no label, so there is nothing to score")
     except Exception as error:       # whatever it is, it costs this case alone
-        wrong.append(named(truth, error))
+        wrong.append(f"{truth.name}: {first_line(error).removeprefix(truth.name + ': ')}")
     return rows, wrong, hints
-
-
-def named(path, error) -> str:
-    """The error's line with the file name in front, once."""
-    return f"{path.name}: {first_line(error).removeprefix(path.name + ': ')}"
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
 
-def draw_figures(folder, rows) -> list[str]:
+def draw_figures(folder, rows, problems: list[str]) -> None:
     """For each target a PNG: best case above worst (by DSC) as image, ground truth and prediction contours (Fig. 2)."""
-    lines, ranked = [], {}
-    for row in sorted((row for row in rows if row["masks"] and row["labels"]), key=lambda row: -row["dsc"]):
-        ranked.setdefault(row["modality"], []).append(row)
-    for target, cases in ranked.items():
+    rows = sorted((row for row in rows if row["masks"] and row["labels"]), key=lambda row: -row["dsc"])
+    for target in sorted({row["modality"] for row in rows}):
+        cases = [row for row in rows if row["modality"] == target]
         try:
             ends = zip(("best", "worst"), cases[::max(1, len(cases) - 1)])
             save_png(folder / f"{target}.png", sheet([figure_row(kind, row) for kind, row in ends], 1))
         except Exception as error:   # a picture is decoration
-            lines.append(f"--figure: {target}: {first_line(error)}")
-    return lines
+            problems.append(f"--figure: {target}: {first_line(error)}")
 
 
 def figure_row(kind: str, row: dict) -> np.ndarray:
     """One case as RGB (H, W, 3); of a volume the slice with the largest labelled area."""
-    case = read_case(row["truth"], need_boxes=False, need_gts=True)
-    image, gts, segs = case.image, case.gts, read_labels(row["masks"], "segs")[0]
-    caption = f"{kind}: DSC {100 * row['dsc']:.1f} %, NSD {100 * row['nsd']:.1f} %   {Path(row['case']).stem}"
+    case, segs = read_case(row["truth"], need_boxes=False, need_gts=True), read_labels(row["masks"], "segs")[0]
+    pixels, z = case.image, ...
     if case.is_3d:
-        z = int(np.count_nonzero(gts, axis=(1, 2)).argmax())
-        image, gts, segs, caption = case.volume[z], gts[z], segs[z], f"{caption} slice {z}"
-    return compare_row(image, gts, segs, caption)
+        pixels, z = case.volume, int(np.count_nonzero(case.gts, axis=(1, 2)).argmax())
+    caption = f"{kind}: DSC {100 * row['dsc']:.1f} %, NSD {100 * row['nsd']:.1f} %   {row['case']}"
+    return compare_row(pixels[z], case.gts[z], segs[z], caption)
 
 
 if __name__ == "__main__":

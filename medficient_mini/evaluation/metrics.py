@@ -12,7 +12,7 @@ import itertools
 
 import numpy as np
 
-from .surfels import surfel_codes, surfel_sizes
+from .surfels import CONTOUR_LENGTHS, surfel_areas, surfel_codes
 
 LOWEST_DSC = 0.2                     # At or below this mean DSC the challenge's script takes NSD as 0.
 
@@ -43,13 +43,16 @@ def nsd(gt: np.ndarray, seg: np.ndarray, spacing_mm=None, tolerance_mm: float = 
     gt, seg = as_masks(gt, seg)
     if gt.ndim == 2:
         # With equal spacings the third axis may as well come first; then the last one is long, which is faster.
-        gt, seg, spacing_mm = gt[None], seg[None], (1.0, 1.0, 1.0)
-    return near_share(gt, seg, spacing_mm, tolerance_mm)
+        gt, seg, spacing_mm = gt[None], seg[None], (1, 1, 1)
+    mm = np.array(spacing_mm, float)
+    if mm.shape != (3,) or not ((mm > 0) & (mm < np.inf)).all():
+        raise ValueError(f"spacing: expected 3 positive numbers in mm, found {np.ravel(spacing_mm)[:9].tolist()}")
+    return near_share(gt, seg, mm, tolerance_mm, surfel_areas(mm))
 
 
-def contour_nsd(gt: np.ndarray, seg: np.ndarray, spacing_mm=(1.0, 1.0), tolerance_mm: float = 2.0) -> float:
-    """Return the NSD of the contours of two (H, W) masks, weighted by length; otherwise as `nsd`."""
-    return near_share(*as_masks(gt, seg), spacing_mm, tolerance_mm)
+def contour_nsd(gt: np.ndarray, seg: np.ndarray, tolerance: float = 2.0) -> float:
+    """Return the NSD of the contours of two (H, W) masks, weighted by length, in pixels; otherwise as `nsd`."""
+    return near_share(*as_masks(gt, seg), np.ones(2), tolerance, CONTOUR_LENGTHS)
 
 
 def case_scores(gts: np.ndarray, segs: np.ndarray, spacing_mm=None, tolerance_mm: float = 2.0,
@@ -60,25 +63,19 @@ def case_scores(gts: np.ndarray, segs: np.ndarray, spacing_mm=None, tolerance_mm
     mean DSC is at most LOWEST_DSC (both conventions of the challenge). "nsd_contour" is NSD itself in 3D.
 
     Args:
-        gts, segs: integer labels (H, W) or (D, H, W), 0 to 65535.
-        spacing_mm, tolerance_mm: as in `nsd`.
-
-    Raises:
-        ValueError: shapes differ, labels are no integers in range, or a volume's spacing is missing or bad.
+        gts, segs: uint8 or uint16 labels of one shape, (H, W) or (D, H, W).
+        spacing_mm, tolerance_mm: as in `nsd`, with its errors.
     """
     from scipy import ndimage
-    gts, segs = checked_labels("gts", gts), checked_labels("segs", segs)
-    if gts.shape != segs.shape:
-        raise ValueError(f"segs: expected the shape of gts, {gts.shape}, found {segs.shape}")
     scores = []
-    boxes = itertools.zip_longest(ndimage.find_objects(gts), ndimage.find_objects(segs))
+    boxes = zip(ndimage.find_objects(gts), ndimage.find_objects(segs, gts.max()))
     for label, (box, other) in enumerate(boxes, 1):
         if box is not None:
             union = tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(box, other or box))
             gt, seg = gts[union] == label, segs[union] == label
             scores.append([dsc(gt, seg), nsd(gt, seg, spacing_mm, tolerance_mm)])
             if contour:
-                scores[-1].append(contour_nsd(gt, seg, tolerance_mm=tolerance_mm) if gt.ndim == 2 else scores[-1][1])
+                scores[-1].append(contour_nsd(gt, seg, tolerance_mm) if gt.ndim == 2 else scores[-1][1])
     keys = ["dsc", "nsd", "nsd_contour"][:2 + contour]
     if not scores:
         return {"labels": 0} | dict.fromkeys(keys)
@@ -86,8 +83,6 @@ def case_scores(gts: np.ndarray, segs: np.ndarray, spacing_mm=None, tolerance_mm
     means[1:] *= means[0] > LOWEST_DSC
     return {"labels": len(scores)} | dict(zip(keys, means.tolist()))
 
-
-# ------------------------------------------------------------------------------------------------------------- checks
 
 def as_masks(gt, seg):
     """Two bool masks of one shape with two or three axes; ValueError for others."""
@@ -97,35 +92,15 @@ def as_masks(gt, seg):
     return gt, seg
 
 
-def checked_labels(name: str, labels) -> np.ndarray:
-    """Labels as uint8 or uint16; ValueError for anything but integers 0 … 65535 with two or three axes."""
-    labels = np.asarray(labels)
-    if labels.dtype.kind not in "biu" or labels.ndim not in (2, 3):
-        raise ValueError(f"{name}: expected integer labels with 2 or 3 axes, found {labels.dtype} {labels.shape}")
-    low, high = labels.min(initial=0), labels.max(initial=0)
-    if low < 0 or high > 65535:
-        raise ValueError(f"{name}: expected labels 0 to 65535, found {low} to {high}")
-    return labels.astype(np.uint8 if high < 256 else np.uint16, copy=False)
-
-
-def checked_spacing(spacing_mm, axes: int) -> tuple[float, ...]:
-    """The spacing as floats, one for each axis; ValueError unless they are positive and finite."""
-    found = np.ravel([] if spacing_mm is None else spacing_mm)
-    if len(found) != axes or found.dtype.kind not in "iuf" or not ((found > 0) & np.isfinite(found)).all():
-        raise ValueError(f"spacing: expected {axes} positive numbers in mm, found {found.tolist()[:9] or None}")
-    return tuple(found.tolist())
-
-
 # ---------------------------------------------------------------------------------------------------------- distances
 
-def near_share(gt, seg, spacing_mm, tolerance_mm):
-    """The NSD of two bool masks with two or three axes."""
-    spacing_mm = checked_spacing(spacing_mm, gt.ndim)
-    for _ in spacing_mm:             # Each axis comes first once and is cut to what either mask uses.
-        used = np.flatnonzero((gt | seg).any(tuple(range(1, gt.ndim))))
-        span = slice(used[0], used[-1] + 1) if len(used) else slice(0)
-        gt, seg = np.moveaxis(gt[span], 0, -1), np.moveaxis(seg[span], 0, -1)
-    sizes = surfel_sizes(spacing_mm)
+def near_share(gt, seg, spacing_mm, tolerance_mm, sizes):
+    """The NSD of two bool masks with two or three axes; `sizes` holds the size of the surfel of each code."""
+    from scipy import ndimage
+    used = ndimage.find_objects((gt | seg).view(np.uint8))
+    if not used:
+        return float("nan")
+    gt, seg = gt[used[0]], seg[used[0]]
     full = len(sizes) - 1
     codes = surfel_codes(gt | seg.astype(np.uint16) << 8)                      # (D + 1, H + 1, W + 1)
     places = np.flatnonzero((codes != 0) & (codes != (full << 8 | full)))
@@ -140,7 +115,7 @@ def near_share(gt, seg, spacing_mm, tolerance_mm):
         close[alone] = any_within(columns, positions[alone], positions[other > 0])
         near += size[close].sum()
         total += size.sum()
-    return float(near / total) if total else float("nan")
+    return float(near / total)
 
 
 def columns_within(tolerance_mm, spacing_mm, shape):

@@ -22,7 +22,7 @@ AVERAGES = ("average over modalities", "average over cases")
 KINDS = ("2D", "3D")
 TITLE = {"dsc": "DSC", "nsd": "NSD", "nsd_contour": "contour NSD", "XRay": "X-Ray", "2D": "2D, mean over cases",
          "3D": "3D, mean over cases"}                        # what the tables print for a key, where it differs
-DRAWS = 10_000                       # bootstrap samples
+DRAWS = 2_000                        # bootstrap samples
 
 
 # ------------------------------------------------------------------------------------------------------------ averages
@@ -36,24 +36,29 @@ def summarise(rows: list[dict]) -> dict[str, dict]:
         {target: {"cases": number, "dsc": mean, "nsd": mean, "nsd_contour": mean, "seconds": mean}}, a mean None where
         there is nothing to average; of "2D" and "3D" the seconds alone.
     """
-    targets = paper_order({row["modality"] for row in rows if row["dsc"] is not None})
-    table = {target: means([row for row in rows if row["modality"] == target]) for target in targets}
-    over_cases = means(rows)
-    over_modalities = means(table.values()) | {"cases": over_cases["cases"], "seconds": None}
-    table |= zip(AVERAGES, (over_modalities, over_cases))
-    return table | {kind: means([row for row in rows if row["kind"] == kind], ["seconds"]) for kind in KINDS}
+    scored = [row for row in rows if row["dsc"] is not None]
+    table = {target: means([row for row in scored if row["modality"] == target]) for target in modalities_of(rows)}
+    over_modalities = means(table.values()) | {"cases": len(scored), "seconds": None}
+    table |= zip(AVERAGES, (over_modalities, means(scored)))
+    timed = [row for row in rows if row.get("seconds") is not None]
+    for kind in KINDS if timed else ():
+        table[kind] = means([{"seconds": row["seconds"]} for row in timed if row["kind"] == kind])
+    return table
 
 
-def means(rows, keys=("dsc", "nsd", "nsd_contour", "seconds")) -> dict:
-    """The number of rows that have the first key, and the mean of each key over those that have it, too."""
-    rows = [row for row in rows if row.get(keys[0]) is not None]
-    values = {key: [row[key] for row in rows if row.get(key) is not None] for key in keys}
-    return {"cases": len(rows)} | {key: float(np.mean(v)) if v else None for key, v in values.items()}
+def means(rows) -> dict:
+    """The number of rows, and the mean of each score over those that have it."""
+    table = {"cases": len(rows)}
+    for key in ("dsc", "nsd", "nsd_contour", "seconds"):
+        values = [row[key] for row in rows if row.get(key) is not None]
+        table[key] = float(np.mean(values)) if values else None
+    return table
 
 
-def paper_order(targets: set) -> list[str]:
-    """Modalities in the paper's order, others behind."""
-    return [m for m in MODALITIES if m in targets] + sorted(targets.difference(MODALITIES))
+def modalities_of(rows) -> list[str]:
+    """The modalities of the rows that have a score, in the paper's order, others behind."""
+    found = {row["modality"] for row in rows if row["dsc"] is not None}
+    return [m for m in MODALITIES if m in found] + sorted(found.difference(MODALITIES))
 
 
 def columns_of(rows) -> list[str]:
@@ -68,21 +73,22 @@ def paired_differences(a: list[dict], b: list[dict], scores: list[str]):
     rows give the same numbers.
 
     Returns:
-        The number of cases, for each score the mean of b - a over them, and for each its 95 % interval as a pair,
-        empty below two patients.
+        The number of cases, and for each score the mean of b - a over them and the ends of its 95 % interval, if
+        there are two patients or more; nothing where there is no case.
     """
     a, b = ({row["case"]: row for row in rows if row["dsc"] is not None} for rows in (a, b))
-    cases, index, drawn = sorted(a.keys() & b.keys()), {}, []
+    cases = sorted(a.keys() & b.keys())
     if not cases:
-        return 0, [None] * len(scores), [()] * len(scores)
+        return 0, []
     differences = np.array([[b[case][key] - a[case][key] for key in scores] for case in cases])
-    patients = [index.setdefault(patient_of(case), len(index)) for case in cases]
-    n, rng = len(index), np.random.default_rng(0)
-    for _ in range(DRAWS if n > 1 else 0):
-        weights = np.bincount(rng.integers(0, n, n), minlength=n)[patients]
-        drawn.append(weights @ differences / weights.sum())
-    intervals = np.percentile(drawn, (2.5, 97.5), axis=0).T if drawn else [()] * len(scores)
-    return len(cases), differences.mean(0), intervals
+    estimates = [differences.mean(0)]
+    names, patients = np.unique([patient_of(case) for case in cases], return_inverse=True)
+    n = len(names)
+    if n > 1:
+        weights = np.random.default_rng(0).multinomial(n, [1 / n] * n, DRAWS)[:, patients]      # times a case is drawn
+        drawn = weights @ differences / weights.sum(1, keepdims=True)
+        estimates += [*np.percentile(drawn, (2.5, 97.5), axis=0)]
+    return len(cases), np.transpose(estimates)
 
 
 # ------------------------------------------------------------------------------------------------------------ markdown
@@ -90,8 +96,8 @@ def paired_differences(a: list[dict], b: list[dict], scores: list[str]):
 def markdown(results: dict[str, list[dict]], published: bool = False, heading: str = "") -> str:
     """Write summary.md: scores side by side, differences of each pair, runtimes."""
     summaries = {name: summarise(rows) for name, rows in results.items()}
-    targets = paper_order(set(chain(*summaries.values())).difference(AVERAGES, KINDS))
-    columns = columns_of(list(chain(*results.values())))
+    rows = list(chain(*results.values()))
+    targets, columns = modalities_of(rows), columns_of(rows)
     scores = [key for key in columns if key != "seconds"]
     parts = [heading, score_table(summaries, [*targets, *AVERAGES], scores, published)]
     if published:
@@ -99,31 +105,29 @@ def markdown(results: dict[str, list[dict]], published: bool = False, heading: s
                      "other cases than these, and nine modalities, so compare the order of difficulty, not the digits.")
     if len(results) > 1:
         parts += ["### Differences, second minus first",
-                  difference_table(results, [*(targets if len(results) == 2 else []), None], scores),
-                  "Intervals: whole patients, as the file names tell them apart, are drawn with replacement; there is "
-                  "none for a single patient."]
+                  difference_table(results, [*(targets if len(results) == 2 else []), None], scores)]
     if "seconds" in columns:
         parts += ["### Runtime, mean seconds per case", runtime_table(summaries, [*targets, *KINDS], published)]
         if published:
             parts.append("Published: MedficientSAM, Table 5, measured on an Intel Core i9-10900K.")
-    return "\n\n".join(filter(None, parts)) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def score_table(summaries, targets, scores, published):
     """The layout of Table 4: a row per target, for each column its scores in percent, the best of a score in bold."""
     columns = {(name, key): {target: round(100 * entry[key], 2) for target, entry in summary.items()
-                             if entry.get(key) is not None}
+                             if entry[key] is not None}
                for name, summary in summaries.items() for key in scores}
     columns |= published_scores() if published else {}
     lines = []
     for target in targets:
-        counts = [str(summary.get(target, {}).get("cases", 0)) for summary in summaries.values()]
-        cells = [TITLE.get(target, target), "/".join(counts if len(set(counts)) > 1 else counts[:1])]
+        counts = dict.fromkeys(str(summary.get(target, {"cases": 0})["cases"]) for summary in summaries.values())
+        line = [TITLE.get(target, target), "/".join(counts)]
         for (_, key), values in columns.items():
-            rivals = [other.get(target, -1) for (_, score), other in columns.items() if score == key]
-            bold = "**" if len(rivals) > 1 and values.get(target) == max(rivals) else ""
-            cells.append(bold + cell(values.get(target)) + bold)
-        lines.append(cells)
+            best = max(other.get(target, 0) for (_, score), other in columns.items() if score == key)
+            text = cell(values.get(target))
+            line.append(f"**{text}**" if len(columns) > len(scores) and values.get(target) == best else text)
+        lines.append(line)
     return table(["Target", "Cases"] + [f"{name} {TITLE[key]}" for name, key in columns], lines)
 
 
@@ -133,11 +137,11 @@ def difference_table(results, targets, scores):
     for (first, a), (second, b) in combinations(results.items(), 2):
         for target in targets:
             pair = [[row for row in rows if target in (None, row["modality"])] for rows in (a, b)]
-            cases, means, intervals = paired_differences(*pair, scores)
+            cases, estimates = paired_differences(*pair, scores)
             line = [f"{second} − {first}", TITLE.get(target, target or "all cases"), cases]
-            for mean, interval in zip(means, intervals):
-                limits = ", ".join(f"{100 * limit:+.2f}" for limit in interval)
-                line.append(f"{100 * mean:+.2f} [{limits or '–'}]" if cases else None)
+            for mean, *ends in estimates:
+                limits = ", ".join(f"{100 * end:+.2f}" for end in ends)
+                line.append(f"{100 * mean:+.2f} [{limits or '–'}]")
             lines.append(line)
     titles = [f"{TITLE[key]} points, mean [95 % interval]" for key in scores]
     return table(["Pair", "Target", "Cases in both", *titles], lines)
@@ -158,8 +162,7 @@ def table(header: list, lines: list[list]) -> str:
 
 
 def cell(value) -> str:
-    text = "–" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|")
+    return "–" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 # ----------------------------------------------------------------------------------------------------------------- CSV
@@ -173,8 +176,7 @@ def summary_csv(results: dict[str, list[dict]]) -> str:
     """Write result,modality,cases,dsc,nsd,…: the numbers of summary.md as fractions."""
     columns = columns_of(list(chain(*results.values())))
     lines = [{"result": name, "modality": target} | entry
-             for name, rows in results.items() for target, entry in summarise(rows).items()
-             if target not in KINDS or "seconds" in columns]
+             for name, rows in results.items() for target, entry in summarise(rows).items()]
     return csv_text(["result", "modality", "cases", *columns], lines)
 
 
@@ -187,24 +189,23 @@ def csv_text(columns: list[str], lines: list[dict]) -> str:
     return text.getvalue()
 
 
-def read_seconds(folder) -> tuple[dict[str, float], list[str]]:
-    """Read the times in the efficiency.csv of a folder of masks.
+def add_seconds(rows: list[dict], folder, problems: list[str]) -> None:
+    """Give each row the `seconds` that the efficiency.csv of a folder of masks has for its case, the last of several.
 
-    Returns:
-        File name -> seconds, the last entry of a name, empty without that file; and a line of complaint for each line
-        that is not `name,seconds`: times are decoration, so nothing else comes of it.
+    Times are decoration: a line that is not `name,seconds` costs a line in `problems`, nothing else.
     """
-    path = Path(folder) / "efficiency.csv"
-    found, complaints = {}, []
+    path, lines, seconds = Path(folder) / "efficiency.csv", [], {}
     try:
-        text = path.read_text("utf-8", "replace") if path.is_file() else ""
-        for count, line in enumerate(csv.reader(io.StringIO(text, newline="")), 1):
-            if not line or line[0] == "case":                # jobs that start together may write the heading twice
-                continue
-            if re.fullmatch(r"\d+\.?\d*", line[1] if len(line) > 1 else ""):
-                found[line[0].removesuffix(".npz") + ".npz"] = float(line[1])
-            else:
-                complaints.append(f"{path}: line {count}: expected case,seconds, found {','.join(line)}: left out")
+        text = path.read_text("utf-8", "replace") if path.exists() else ""
+        lines = list(csv.reader(io.StringIO(text, newline="")))
     except (OSError, csv.Error) as error:
-        complaints.append(f"{path}: {first_line(error)}")
-    return found, complaints
+        problems.append(f"{path}: {first_line(error)}")
+    for count, line in enumerate(lines, 1):
+        if line and line[0] != "case":                       # jobs that start together may write the heading twice
+            name, time = (*line, "")[:2]
+            if re.fullmatch(r"\d+\.?\d*", time):
+                seconds[name.removesuffix(".npz") + ".npz"] = float(time)
+            else:
+                problems.append(f"{path}: line {count}: expected case,seconds, found {','.join(line)}: left out")
+    for row in rows if seconds else ():
+        row["seconds"] = seconds.get(row["case"])

@@ -2,8 +2,7 @@
 
 A surfel may sit on every corner of the voxel grid (Nikolov et al., arXiv 1809.04430). The 2 x 2 x 2 voxels around the
 corner, eight bits, say which part of the surface passes there. The surfel's place is the corner itself, and its size
-is the area of the marching-cubes triangles of these eight voxels. In 2D the four pixels around a corner of the pixel
-grid give a piece of the contour and its length.
+is the area of the marching-cubes triangles of these eight voxels.
 """
 import itertools
 from functools import lru_cache
@@ -11,6 +10,10 @@ from functools import lru_cache
 import numpy as np
 
 SQUARE = ((0, 0), (0, 1), (1, 1), (1, 0))                    # the corners of a face, in order around it
+# In 2D the four pixels around a corner, bits 8 4 above 2 1, give a piece of the contour: a slant cuts one of them off.
+SLANT = 0.5 ** 0.5
+CONTOUR_LENGTHS = np.array([0, SLANT, SLANT, 1, SLANT, 1, 2 * SLANT, SLANT,
+                            SLANT, 2 * SLANT, 1, SLANT, 1, SLANT, SLANT, 0])
 
 
 def surfel_codes(mask: np.ndarray) -> np.ndarray:
@@ -32,58 +35,44 @@ def surfel_codes(mask: np.ndarray) -> np.ndarray:
     return codes
 
 
-def surfel_sizes(spacing_mm: tuple[float, ...]) -> np.ndarray:
-    """Return the size of the surfel of each code: 256 areas in mm² for three spacings, 16 lengths in mm for two.
+def surfel_areas(spacing_mm: tuple[float, float, float]) -> np.ndarray:
+    """Return the area in mm² of the surfel of each of the 256 codes.
 
     The vertices of a surfel are the midpoints of the edges between an inside and an outside voxel. On every face of
     the cube they are joined in pairs; where two inside voxels face each other diagonally, each is cut off by itself.
-    In 2D that one face is all. In 3D the joined vertices form polygons. Where more than four voxels are inside, those
-    of the complement are taken, as in Lorensen and Cline's marching cubes (SIGGRAPH 1987).
+    The joined vertices form polygons. Where more than four voxels are inside, those of the complement are taken, as in
+    Lorensen and Cline's marching cubes (SIGGRAPH 1987).
 
     Polygons with five or six corners need not be flat: they are cut into triangles from the corner whose triangles
     lie in the fewest planes. These are the triangles behind the 256 entries of the challenge's table, for any spacing.
     """
-    if len(spacing_mm) == 2:
-        codes, segments = contour_pieces()
-        return np.bincount(codes, np.linalg.norm(segments * spacing_mm, axis=1), minlength=16)
     codes, sides = surface_triangles()
     normals = np.cross(*(sides * spacing_mm).swapaxes(0, 1))
     return np.bincount(codes, np.linalg.norm(normals, axis=1) / 2, minlength=256)
 
 
 @lru_cache
-def contour_pieces():
-    """The contour segments (M, 2) of all 16 codes in steps of the grid, and the code (M,) of each."""
-    pieces = [(code, np.subtract(*segment)) for code in range(16) for segment in segments(SQUARE, inside(code, 2))]
-    return [np.array(column) for column in zip(*pieces)]
-
-
-@lru_cache
 def surface_triangles():
     """Two sides of each triangle (M, 2, 3) of all 256 codes in steps of the grid, and the code (M,) of each."""
+    corners = list(itertools.product((1, 0), repeat=3))      # of the cube, from the lowest bit to the highest
     faces = [[(*corner[:axis], side, *corner[axis:]) for corner in SQUARE] for axis in range(3) for side in (0, 1)]
     codes, sides = [], []
     for code in range(256):
-        voxels = inside(code if code.bit_count() <= 4 else 255 - code, 3)
-        for polygon in polygons([segment for face in faces for segment in segments(face, voxels)]):
+        bits = code if code.bit_count() <= 4 else 255 - code
+        inside = {corner for k, corner in enumerate(corners) if bits >> k & 1}
+        for polygon in polygons([segment for face in faces for segment in segments(face, inside)]):
             triangles = min((fan(polygon, k) for k in range(len(polygon))), key=planes)
             codes += [code] * len(triangles)
             sides += list(triangles)
     return np.array(codes), np.array(sides)
 
 
-def inside(code: int, axes: int) -> set:
-    """The corners of the unit square or cube whose bit is set."""
-    corners = itertools.product((1, 0), repeat=axes)
-    return {corner for bit, corner in enumerate(corners) if code >> bit & 1}
-
-
-def segments(face, voxels: set) -> list:
-    """Pairs of edge midpoints joined on a face, given by its four corners in order."""
-    if face[0] in voxels:            # Starting outside, the edges before and behind each inside voxel come in pairs.
+def segments(face, inside: set) -> list:
+    """Pairs of edge midpoints joined on a face, given by its four corners in order and all corners inside."""
+    if face[0] in inside:            # Starting outside, the edges before and behind each inside voxel come in pairs.
         face = (*face[1:], face[0])
     edges = zip(face, (*face[1:], face[0]))
-    midpoints = [tuple(np.add(a, b) / 2) for a, b in edges if (a in voxels) != (b in voxels)]
+    midpoints = [tuple(np.add(a, b) / 2) for a, b in edges if (a in inside) != (b in inside)]
     return list(zip(midpoints[::2], midpoints[1::2]))
 
 

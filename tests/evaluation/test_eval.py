@@ -179,7 +179,8 @@ def test_fault_9_decoration_costs_no_table(folders, evaluate):
     assert [row["seconds"] for row in rows.values()] == ["", "", "2.000000", ""]
     (folders / "near" / "efficiency.csv").unlink()
     (folders / "near" / "efficiency.csv").mkdir()
-    assert evaluate("-s", folders / "near", "-g", folders / "gts")[0] == 0
+    status, _, lines = evaluate("-s", folders / "near", "-g", folders / "gts")
+    assert status == 1 and len(lines) == 1 and "efficiency.csv" in lines[0]
 
 
 def test_fault_9_names_with_quote_and_comma(folders, evaluate):
@@ -187,7 +188,7 @@ def test_fault_9_names_with_quote_and_comma(folders, evaluate):
     np.savez(folders / "gts" / name, gts=LABELS)
     np.savez(folders / "near" / name, segs=LABELS)
     with open(folders / "near" / "efficiency.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["case", "seconds"], [name, 3]])
+        csv.writer(file).writerows([["case", "seconds", "lost"], [name, 3, "box 1"]])
     assert evaluate("-s", folders / "near", "-g", folders / "gts")[0] == 0
     assert table(folders / "near" / "metrics.csv", "case")[name]["seconds"] == "3.000000"
 

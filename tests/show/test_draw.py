@@ -42,11 +42,11 @@ def test_contours_match_a_loop():
 def test_contact_sheet_shows_the_slices_in_use(channels):
     volume, segs = np.full((50, 30, 20) + channels, 50, np.uint8), np.zeros((50, 30, 20), np.uint8)
     segs[20:30, 5:25, 5:15] = 1
-    sheet = contact_sheet(volume, segs, np.array([[5, 5, 20, 14, 24, 29]]), count=5)
-    assert sheet.shape[:2] == (2 * 320, 4 * round(20 * 320 / 30))
-    tinted = (sheet.max(-1) > 90).reshape(2, 320, 4, -1).mean((1, 3))
-    assert (tinted.ravel()[:5] > 0.2).all() and (tinted.ravel()[5:] == 0).all()
-    assert contact_sheet(volume, segs * 0).shape[1] == sheet.shape[1], "nothing segmented, no boxes"
+    sheet = contact_sheet(volume, segs, np.array([[5, 5, 20, 14, 24, 29]]))
+    assert sheet.shape[:2] == (3 * 320, 4 * round(20 * 320 / 30))
+    tinted = (sheet.max(-1) > 90).reshape(3, 320, 4, -1).mean((1, 3))
+    assert (tinted.ravel()[:10] > 0.2).all() and (tinted.ravel()[10:] == 1).all(), "ten slices; the rest is white"
+    assert contact_sheet(volume, segs * 0, np.zeros((0, 6))).shape == sheet.shape, "nothing segmented, no boxes"
     assert contact_sheet(volume[:1], segs[:1], np.zeros((0, 6))).shape[0] == 320
 
 
@@ -54,12 +54,12 @@ def test_compare_row_puts_truth_and_prediction_in_their_panels():
     image = np.zeros((64, 64), np.uint8)
     gts, segs = disc((64, 64), (20, 20), 10).astype(np.uint8), disc((64, 64), (44, 44), 10).astype(np.uint8)
     row = compare_row(image, gts, segs, "x" * 400 + " μ")
-    assert row.shape == (24 + 320, 3 * 324, 3)
+    assert row.shape == (24 + 320, 3 * 320, 3)
     green = (row[24:] == colours(2)[1]).all(-1)
     assert not green[:, :320].any()
     y, x = np.nonzero(green)
-    assert (y[x < 644] < 160).all() and (x < 644).any()
-    assert (y[x >= 644] > 160).all() and (x >= 644).any()
+    assert (y[x < 640] < 160).all() and (x < 640).any()
+    assert (y[x >= 640] > 160).all() and (x >= 640).any()
 
 
 def test_colours_of_neighbouring_labels_differ():
@@ -87,7 +87,7 @@ def test_curves_draw_what_there_is(tmp_path):
 
 def test_sheet_fills_short_rows():
     pictures = [np.zeros((4, width, 3), np.uint8) for width in (5, 7, 3)]
-    assert sheet(pictures, 1).shape == (12, 7, 3) and (sheet(pictures, 2, fill=9)[4:, 3:] == 9).all()
+    assert sheet(pictures, 1).shape == (12, 7, 3) and (sheet(pictures, 2)[4:, 3:] == 255).all()
 
 
 def test_save_png_keeps_colours_and_leaves_no_temporary_file(tmp_path):
