@@ -11,19 +11,20 @@ import argparse
 import re
 import sys
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
 from ..files import first_line, list_files
+from ..inference.compose import label_dtype
 from ..inference.npz import write_npz
 from ..show.progress import ProgressBar
 from .labels import load_label_picture
 from .nifti import AXES, load_label_nifti, load_nifti
 from .pictures import PICTURES, TURNED, VOLUMES, WINDOWS, is_nifti, load_picture, parse_window, stem_of
 
-MASK_ENDING = re.compile(r"[-_. ]+(mask|masks|seg|segmentation|label|labels|gt)$", re.IGNORECASE)
+MASK_ENDING = re.compile(r"[-_. ]+(masks?|seg|segmentation|labels?|gt)$", re.IGNORECASE)
 
 
 def parse_arguments(argv=None):
@@ -48,7 +49,7 @@ def parse_arguments(argv=None):
     return parser.parse_args(argv)
 
 
-def pair_files(images: Path, masks: Path) -> list[tuple[Path, list[Path]]]:
+def pair_files(images: Path, masks: Path) -> dict[Path, list[Path]]:
     """Find the masks that bear each image's name: one where all is well.
 
     Raises:
@@ -56,118 +57,86 @@ def pair_files(images: Path, masks: Path) -> list[tuple[Path, list[Path]]]:
     """
     image_files, mask_files = (list_files(path, PICTURES + VOLUMES) for path in (images, masks))
     if images.is_file() and masks.is_file():
-        return [(images, mask_files)]
+        return {images: mask_files}
     if images.resolve() == masks.resolve():
-        image_files = [path for path in image_files if not MASK_ENDING.search(stem_of(path))]
         mask_files = [path for path in mask_files if MASK_ENDING.search(stem_of(path))]
-    else:                                             # the masks' folder may lie within that of the images
-        image_files = [path for path in image_files if masks.resolve() not in path.resolve().parents]
     by_name = defaultdict(list)
     for path in mask_files:
-        name = name_below(masks, path)
-        for key in {name, MASK_ENDING.sub("", name)}:
-            by_name[key].append(path)
-    pairs = []
-    for path in image_files:
-        name = name_below(images, path)
-        pairs.append((path, by_name.get(name) or by_name.get(name.removesuffix("_0000"), [])))
-    return pairs
+        by_name[MASK_ENDING.sub("", name_below(masks, path)).removesuffix("_0000")].append(path)
+    taken = {path.resolve() for path in mask_files}           # the masks' folder may lie within that of the images
+    return {path: by_name[MASK_ENDING.sub("", name_below(images, path)).removesuffix("_0000")]
+            for path in image_files if path.resolve() not in taken}
 
 
 def name_below(root: Path, path: Path) -> str:
     """Join the folders of a file below `root` and its stem by slashes: patient1/slice_01."""
-    folder = path.parent.relative_to(root) if root.is_dir() else Path()
-    return (folder / stem_of(path)).as_posix()
+    return (path.relative_to(root).parent / stem_of(path)).as_posix()
 
 
-def number_objects(labels: np.ndarray, instances: bool, min_size: int) -> tuple[np.ndarray, np.ndarray, int]:
+def number_objects(labels: np.ndarray, instances: bool, min_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Number the objects of a label picture or volume and put a box round each.
 
     Args:
         labels: integers (H, W) or (D, H, W), 0 the background.
-        instances: parts that touch in no direction, diagonals included, are objects of their own (a box around
-            scattered lesions is a known way to fail).
+        instances: parts that touch in no direction, diagonals included, are objects of their own.
         min_size: objects of fewer pixels or voxels are dropped.
 
     Returns:
         gts, the objects 1…N in order of label, of the same shape, uint8 or above 255 objects uint16; boxes, int64
-        (N, 4) x0 y0 x1 y1 or (N, 6) x0 y0 z0 x1 y1 z1, tight and inclusive; the number of objects dropped.
+        (N, 4) x0 y0 x1 y1 or (N, 6) x0 y0 z0 x1 y1 z1, tight and inclusive.
 
     Raises:
-        ValueError: there are more than 65535 objects.
+        OverflowError: there are more than 65535 objects.
     """
     from scipy.ndimage import find_objects, label
-    gts, count, dropped = np.zeros(labels.shape, np.uint16), 0, 0
+    objects, count = np.zeros(labels.shape, np.int32), 0
     for value, place in enumerate(find_objects(labels), 1):
-        if place is None:
-            continue
-        parts = (labels[place] == value).astype(np.int32)
-        if instances:
-            parts, _ = label(parts, np.ones((3,) * labels.ndim))
-        for part, inner in enumerate(find_objects(parts), 1):
-            inside = parts[inner] == part
-            if inside.sum() < min_size:
-                dropped += 1
-                continue
-            if count == 65535:
-                raise ValueError("gts: expected at most 65535 objects, found more (see --min-size)")
-            count += 1
-            gts[place][inner][inside] = count
-    boxes = [[*(side.start for side in place[::-1]), *(side.stop - 1 for side in place[::-1])]
-             for place in find_objects(gts)]
-    kind = np.uint8 if count <= 255 else np.uint16
-    return gts.astype(kind), np.array(boxes, np.int64).reshape(-1, 2 * labels.ndim), dropped
+        if place is not None:
+            inside = labels[place] == value
+            parts, found = label(inside, np.ones((3,) * labels.ndim)) if instances else (inside, 1)
+            objects[place][inside] = parts[inside] + count
+            count += found
+    kept = np.bincount(objects.ravel()) >= min_size
+    kept[0] = False
+    numbers = kept.cumsum() * kept
+    if numbers.max() > 65535:
+        raise OverflowError("gts: expected at most 65535 objects, found more (see --min-size)")
+    gts = numbers.astype(label_dtype(numbers.max()))[objects]
+    sides = [[(side.start, side.stop - 1) for side in place[::-1]] for place in find_objects(gts)]
+    sides = np.array(sides, np.int64).reshape(-1, labels.ndim, 2)             # (N, xyz, first and last)
+    return gts, sides.swapaxes(1, 2).reshape(-1, 2 * labels.ndim)
 
 
-def loosen(boxes: np.ndarray, shape: tuple[int, ...], margin: int, rng: np.random.Generator) -> np.ndarray:
-    """Move each side of boxes (N, 4 or 6) in x and y outward by 0…margin pixels, within an image of `shape`."""
-    half = boxes.shape[1] // 2
-    moved = boxes.copy()
-    moved[:, :2] -= rng.integers(0, margin + 1, (len(boxes), 2))
-    moved[:, half:half + 2] += rng.integers(0, margin + 1, (len(boxes), 2))
-    return moved.clip(0, np.tile(shape[::-1], 2) - 1)
-
-
-def read_pair(image: Path, mask: Path, window, axis: str) -> tuple[dict, np.ndarray, list[str]]:
-    """Read an image and its mask.
-
-    Returns:
-        The arrays `imgs`, `intensity` and for volumes `spacing`; labels uint16 on the image's pixels; lines for the
-        user.
+def convert_pair(image: Path, mask: Path, target: Path, arguments) -> tuple[int, list[str]]:
+    """Write an image and its mask as `target`, unless the mask is empty; return the number of objects, and remarks.
 
     Raises:
-        ValueError: one of them cannot be read, or they do not fit together.
+        ValueError: a file cannot be read, or the two do not fit together.
     """
-    if is_nifti(image) != is_nifti(mask):
-        raise ValueError(f"{mask.name}: gts: expected {'NIfTI' if is_nifti(image) else 'a picture'} as {image.name} is")
     if is_nifti(image):
-        imgs, grid, text = load_nifti(image, axis, window)
-        labels, remark = load_label_nifti(mask, grid), ""
-        arrays = {"imgs": imgs, "intensity": text, "spacing": grid.spacing}
+        imgs, grid, text = load_nifti(image, arguments.axis, arguments.window)
+        labels, lines, more = load_label_nifti(mask, grid), [], {"spacing": grid.spacing}
     else:
-        imgs, text = load_picture(image, window)
-        labels, remark = load_label_picture(mask)
-        arrays = {"imgs": imgs, "intensity": text}
-    turned = ""
-    if TURNED in text:
-        turned = f" (the image was {TURNED}, its mask was {'too' if remark and TURNED in remark else 'not'})"
-    if labels.shape != imgs.shape[:labels.ndim]:
-        raise ValueError(f"{mask.name}: gts: expected the image's size {imgs.shape[:2]}, found {labels.shape}{turned}")
-    lines = [remark, turned and f"{mask.name}: gts: see that it fits{turned}", drop_ignored(labels, mask.name)]
-    return arrays, labels, list(filter(None, lines))
-
-
-def drop_ignored(labels: np.ndarray, name: str) -> str | None:
-    """Set 255 to 0 where it stands for "ignore", as beside the small numbers of classes; give a line that says so."""
+        imgs, text = load_picture(image, arguments.window)
+        (labels, lines), more = load_label_picture(mask), {}
+        if TURNED in text:
+            lines.append(f"{image.name}: imgs: {TURNED}, see that {mask.name} fits")
+        if labels.shape != imgs.shape[:2]:
+            raise ValueError(f"{mask.name}: gts: expected the image's size {imgs.shape[:2]}, found {labels.shape}")
+    # Beside the small numbers of classes 255 stands for "ignore"; greys such as 0, 128, 255 are labels all.
     values = np.flatnonzero(np.bincount(labels.ravel()))
-    if len(values) < 3 or values[-1] != 255:
-        return None
-    highest = values[-2]
-    # Evenly spaced greys, say 0, 128, 255, are labels all; so are 0…255 without a gap.
-    if highest == 254 or highest > 63 and highest != len(values) - 2:
-        return None
-    labels[labels == 255] = 0
-    return f'{name}: gts: 255 beside labels up to {highest} is taken as "ignore" and left out'
+    if len(values) > 2 and values[-1] == 255 and values[-2] < 64:
+        labels[labels == 255] = 0
+        lines.append(f'{mask.name}: gts: 255 beside labels up to {values[-2]} is taken as "ignore" and left out')
+    gts, boxes = number_objects(labels, arguments.instances, arguments.min_size)
+    if not len(boxes):
+        return 0, [*lines, f"{image.name}: left out, its mask holds no object of {arguments.min_size} or more pixels"]
+    rng = np.random.default_rng([arguments.seed, zlib.crc32(target.name.encode())])       # in whatever order of files
+    corners = boxes.reshape(len(boxes), 2, -1)                                # (N, lower and upper, xyz)
+    corners[..., :2] += rng.integers(0, arguments.margin + 1, (len(boxes), 2, 2)) * [[-1], [1]]
+    boxes = corners.clip(0, np.array(gts.shape[::-1]) - 1).reshape(boxes.shape)
+    write_npz(target, imgs=imgs, gts=gts, boxes=boxes, intensity=text, **more)
+    return len(boxes), lines
 
 
 def convert(arguments) -> int:
@@ -176,49 +145,34 @@ def convert(arguments) -> int:
     Raises:
         ValueError: an option is wrong, or there are no files.
     """
-    window = parse_window(arguments.window)
+    arguments.window = parse_window(arguments.window)
     if not re.fullmatch(r"[A-Za-z0-9-]+", arguments.modality):
-        raise ValueError("--modality: expected letters and digits (it becomes part of file names), "
-                         f"found {arguments.modality}")
-    if arguments.min_size < 0 or arguments.margin < 0:
-        raise ValueError("--min-size, --margin: expected 0 or more")
+        raise ValueError(f"--modality: expected letters and digits, for file names, found {arguments.modality}")
+    if arguments.margin < 0:
+        raise ValueError(f"--margin: expected 0 or more, found {arguments.margin}")
     pairs = pair_files(arguments.images, arguments.masks)
-    names: dict[str, Path] = {}
-    count = Counter()
-    bar = ProgressBar(pairs, len(pairs), "converting")
+    targets, objects = set(), []
+    bar = ProgressBar(pairs.items(), len(pairs), "converting")
     for image, masks in bar:
         try:
             if len(masks) != 1:
-                found = " and ".join(mask.name for mask in masks) or "none"
-                raise ValueError(f"{image.name}: gts: expected one mask of this name in {arguments.masks}, found {found}")
+                raise ValueError(f"{image.name}: gts: expected one mask of its name, found {len(masks)}")
             # The subfolder, which often is the patient, stays part of the name: training splits by patient.
             stem = name_below(arguments.images, image).replace("/", "-")
-            name = f"{3 if is_nifti(image) else 2}D_{arguments.modality}_{stem}.npz"
-            if names.setdefault(name, image) != image:
-                raise ValueError(f"{image.name}: name: expected one image for {name}, found {names[name].name} too")
-            arrays, labels, lines = read_pair(image, masks[0], window, arguments.axis)
-            gts, boxes, small = number_objects(labels, arguments.instances, arguments.min_size)
-            count["dropped"] += small
-            if not len(boxes):
-                count["empty"] += 1
-                size = f" of {arguments.min_size} pixels" if small else ""
-                lines.append(f"{image.name}: left out, its mask holds no object{size}")
-            else:
-                rng = np.random.default_rng([arguments.seed, zlib.crc32(name.encode())])  # in whatever order of files
-                boxes = loosen(boxes, gts.shape, arguments.margin, rng)
-                write_npz(arguments.output / name, gts=gts, boxes=boxes, **arrays)
-                count["written"] += 1
-                count["objects"] += len(boxes)
+            target = arguments.output / f"{3 if is_nifti(image) else 2}D_{arguments.modality}_{stem}.npz"
+            if target in targets:
+                raise ValueError(f"{image.name}: name: expected one image for {target.name}, found two")
+            targets.add(target)
+            count, lines = convert_pair(image, masks[0], target, arguments)
+            objects.append(count)
             for line in lines:
                 bar.write(line)
         except Exception as error:                    # whatever is wrong with one pair, the others are converted
-            count["failed"] += 1
-            line = first_line(error)
-            known = any(line.startswith(path.name) for path in (image, *masks))
-            bar.write(line if known else f"{image.name}: {line}")
-    print(f"{count['written']} written to {arguments.output} with {count['objects']} objects, {count['dropped']} objects "
-          f"below --min-size dropped, {count['empty']} images without objects left out, {count['failed']} failed")
-    return count["failed"]
+            bar.write(first_line(error) if isinstance(error, ValueError) else f"{image.name}: {first_line(error)}")
+    failed = len(pairs) - len(objects)
+    print(f"{np.count_nonzero(objects)} of {len(pairs)} written to {arguments.output} with {sum(objects)} objects, "
+          f"{failed} failed")
+    return failed
 
 
 def main(argv=None) -> int:

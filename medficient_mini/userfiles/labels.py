@@ -36,7 +36,10 @@ def load_label_picture(path) -> tuple[np.ndarray, list[str]]:
         if whole.shape[2:] == (4,):
             if remarks:
                 raise ValueError(f"{name}: gts: expected an opaque mask or no EXIF orientation, found transparency")
-            pixels = visible_part(pixels, whole[..., 3:])
+            # What is less than half as opaque as the most opaque pixel is background; black on nothing is a mask too.
+            visible = (whole[..., 3:] >= whole[..., 3].max() / 2).astype(np.uint8)
+            seen = pixels * visible
+            pixels = seen if seen.any() or visible.all() else visible
         white = 255 if pixels.dtype == np.uint8 else 65535
         pixels = whole_numbers(pixels, name)
         if (pixels == pixels[..., :1]).all():
@@ -55,13 +58,6 @@ def indices_as_grey(data: bytes) -> bytes:
     return before[:-4] + png_chunk(b"PLTE", grey) + after[size + 4:]
 
 
-def visible_part(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Blacken pixels (H, W, 3) less than half as opaque as the most opaque one; of black on nothing give the shape."""
-    visible = (alpha >= alpha.max() / 2).astype(np.uint8)
-    seen = pixels * visible
-    return seen if seen.any() or visible.all() else visible
-
-
 def grey_labels(labels: np.ndarray, white: int, jpeg: bool, name: str) -> tuple[np.ndarray, list[str]]:
     """Leave grey values (H, W) as they are where they are few or small, else cut white on black with soft edges.
 
@@ -73,8 +69,8 @@ def grey_labels(labels: np.ndarray, white: int, jpeg: bool, name: str) -> tuple[
         return labels, []
     quarters = np.bincount(labels.ravel() // (white // 4 + 1), minlength=4)
     if min(quarters[0], quarters[3]) <= max(quarters[1], quarters[2]):
-        raise ValueError(f"{name}: gts: expected labels or black and white, found {len(values)} grey values (save more "
-                         f"than {MOST_VALUES} labels as 16 bits or with a palette, and none as JPEG)")
+        raise ValueError(f"{name}: gts: expected labels or black and white, found {len(values)} grey values "
+                         f"(save over {MOST_VALUES} labels with a palette or 16 bits, none as JPEG)")
     return labels > white // 2, [f"a black and white mask with soft edges, cut at {white // 2 + 1}"]
 
 
@@ -89,8 +85,7 @@ def coloured_labels(pixels: np.ndarray, data: bytes, name: str) -> np.ndarray:
     numbers = pixels.astype(np.int64) @ (1 << 32, 1 << 16, 1)
     found, labels = np.unique(numbers, return_inverse=True)
     if len(found) > MOST_VALUES or data.startswith(JPEG):
-        raise ValueError(f"{name}: gts: expected at most {MOST_VALUES} flat colours and no JPEG, found {len(found)} "
-                         "colours")
+        raise ValueError(f"{name}: gts: expected at most {MOST_VALUES} flat colours, no JPEG, found {len(found)}")
     return labels.reshape(numbers.shape) + (found[0] != 0)
 
 

@@ -64,42 +64,33 @@ def grid_of(shape, affine: np.ndarray, axis: str, header=None) -> Grid:
 
 
 def _open(path: Path):
-    """Open a 3D (or 2D) scalar NIfTI file, whose voxels are all there but not yet in memory.
-
-    Returns:
-        nibabel's image, its shape (I, J, K) and its affine (4, 4) to mm.
+    """Open a NIfTI file as nibabel's image, not yet in memory, its shape (I, J, K) and its affine (4, 4) to mm.
 
     Raises:
-        ValueError: it is damaged, no NIfTI file, a series, its numbers are complex or colours, or its affine is no
-            voxel grid.
+        ValueError: it is damaged, no volume, a series, complex or coloured, or its affine is no voxel grid.
     """
     try:
         import nibabel
-    except ImportError:
-        raise ValueError(f"{path.name}: file: NIfTI files need the package nibabel: pip install nibabel") from None
-    nibabel.imageglobals.logger.setLevel("CRITICAL")              # our one line instead of its several
-    try:
+        nibabel.imageglobals.logger.setLevel("CRITICAL")          # our one line instead of its several
         with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)                      # gzip reads all for it, and checks the checksum
         image = nibabel.load(path, keep_file_open=True)
     except Exception as error:                        # nibabel has many, of several modules
-        raise ValueError(f"{path.name}: file: expected a NIfTI volume, found it unreadable "
-                         f"({first_line(error)})") from None
+        raise ValueError(f"{path.name}: file: expected a NIfTI volume, and the package nibabel to read it, found: "
+                         f"{first_line(error)}") from None
     shape = (image.shape + (1,))[:3]
     if len(shape) < 3 or math.prod(image.shape) != math.prod(shape) or min(shape) < 1:
-        raise ValueError(f"{path.name}: imgs: expected a 3D volume, found shape {image.shape}"
-                         " (of a series, save one volume as a file)")
+        raise ValueError(f"{path.name}: imgs: expected a 3D volume, none of a series, found shape {image.shape}")
     dtype = image.get_data_dtype()
     if dtype.kind not in "iuf":
         raise ValueError(f"{path.name}: imgs: expected one number per voxel, found {dtype}")
     end = image.dataobj.offset + math.prod(shape) * dtype.itemsize
     if size < end:
-        raise ValueError(f"{path.name}: imgs: expected the {end:,} bytes that its header {dtype} {shape} announces, "
-                         f"found {size:,}")
-    affine = np.diag([UNITS.get(int(image.header["xyzt_units"]) & 7, 1.0)] * 3 + [1.0]) @ image.affine
+        raise ValueError(f"{path.name}: imgs: expected {end:,} bytes as its header announces, found {size:,}")
+    in_mm = UNITS.get(int(image.header["xyzt_units"]) & 7, 1.0)
+    affine = np.diag([in_mm, in_mm, in_mm, 1.0]) @ image.affine
     if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
-        raise ValueError(f"{path.name}: affine: expected three independent voxel axes, found "
-                         f"{affine[:3, :3].round(3).tolist()}")
+        raise ValueError(f"{path.name}: affine: expected three independent axes, found {affine[:3, :3].tolist()}")
     return image, shape, affine
 
 
@@ -112,14 +103,13 @@ def _slabs(image):
 def load_nifti(path, axis: str = "axial", window: tuple[float, float] | None = None) -> tuple[np.ndarray, Grid, str]:
     """Read a NIfTI volume as uint8 slices (D, H, W).
 
-    Two passes over the file, a slab at a time: one for the range (from at most SAMPLE voxels, evenly spread), one for
-    the mapping, so the volume is only ever held as uint8.
+    Two passes over the file, a slab at a time, one for the range of its numbers and one to map them, let it only ever
+    be held as uint8.
 
     Args:
         path: a .nii or .nii.gz file.
         axis: anatomical direction of the slices, a key of AXES.
-        window: (level, width) of the intensities that become 0–255; without it 8 bits without a scale factor stay as
-            they are and all else is mapped by percentiles (see `pictures.intensity_range`).
+        window: (level, width) of the intensities that become 0–255 (see `pictures.intensity_range`).
 
     Returns:
         The slices, their Grid, and words that say how intensities were mapped.
@@ -143,19 +133,15 @@ def load_label_nifti(path, grid: Grid) -> np.ndarray:
     """Read a mask NIfTI that lies on the voxel grid of an image as uint16 labels (D, H, W) of that image's slices.
 
     Raises:
-        ValueError: the file is absent or damaged, its shape or affine are another grid's (a corner is off by more
-            than half a voxel), or its values are no labels.
+        ValueError: the file is absent or damaged, its grid is another (half a voxel off), or its values no labels.
     """
     path = Path(path)
     image, shape, affine = _open(path)
     if shape != grid.shape:
         raise ValueError(f"{path.name}: gts: expected the image's shape {grid.shape}, found {shape}")
-    corners = np.array(list(np.ndindex(2, 2, 2))) * shape
-    off = affine - grid.affine
-    distance = np.linalg.norm(corners @ off[:3, :3].T + off[:3, 3], axis=1).max()
+    distance = np.linalg.norm(np.abs(affine - grid.affine)[:3] @ [*shape, 1])           # no corner is farther off
     if distance >= 0.5 * grid.spacing.min():
-        raise ValueError(f"{path.name}: gts: expected the image's affine, found one that puts a corner "
-                         f"{distance:.1f} mm off")
+        raise ValueError(f"{path.name}: gts: expected the image's affine, found one up to {distance:.1f} mm off")
     labels = np.empty(np.array(shape)[grid.order], np.uint16)
     in_file = grid.to_file(labels)
     for k, slab in _slabs(image):

@@ -31,11 +31,8 @@ def is_nifti(path) -> bool:
 
 def stem_of(path) -> str:
     """Return the file name without its ending, where .nii.gz is one ending."""
-    endings = "|".join((".nii.gz", ".npz", *VOLUMES, *PICTURES)).replace(".", r"\.")
-    return re.sub(f"({endings})$", "", Path(path).name, flags=re.IGNORECASE)
+    return re.sub(r"\.(nii|nii\.gz|npz|png|jpe?g|tiff?|bmp)$", "", Path(path).name, flags=re.IGNORECASE)
 
-
-# --------------------------------------------------------------------------------------------------- intensities
 
 def parse_window(words: list[str] | None) -> tuple[float, float] | None:
     """Read ["lung"] or ["-600", "1500"] as (level, width), None as None.
@@ -56,7 +53,7 @@ def parse_window(words: list[str] | None) -> tuple[float, float] | None:
 
 
 def intensity_range(sample: np.ndarray, window: tuple[float, float] | None) -> tuple[float, float, str]:
-    """Decide which numbers become 0 and 255: the window's ends, 8 bits' own, else percentiles of the sample.
+    """Decide which numbers become 0 and 255: the window's ends, without it 0 and 255 of uint8, else percentiles.
 
     Returns:
         low, high, and words that say where they come from.
@@ -85,15 +82,12 @@ def to_uint8(array: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.nan_to_num(scaled.clip(0, 255) + 0.5, nan=0.0).astype(np.uint8)
 
 
-# ------------------------------------------------------------------------------------------------------ pictures
-
 def load_picture(path, window: tuple[float, float] | None = None) -> tuple[np.ndarray, str]:
     """Read a picture as uint8 (H, W, 3) RGB. Transparency is dropped.
 
     Args:
         path: a PNG, JPEG, TIFF or BMP file. It is turned as its EXIF orientation says, as viewers show it.
-        window: (level, width) of the intensities that become 0–255; without it 8 bits stay as they are, whereas 16
-            bits and floats are mapped by percentiles (see `intensity_range`).
+        window: (level, width) of the intensities that become 0–255 (see `intensity_range`).
 
     Returns:
         The picture and words that say how its intensities were mapped, and whether it was turned.
