@@ -21,7 +21,7 @@ from medficient_mini.evaluation.metrics import case_scores
 from medficient_mini.evaluation.report import add_seconds, markdown, metrics_csv, summary_csv
 from medficient_mini.files import first_line, whole_file
 from medficient_mini.inference.npz import list_cases, modality_of, read_case, read_labels, source_of
-from medficient_mini.show.draw import compare_row, save_png, sheet
+from medficient_mini.show.draw import compare_row, save_png
 from medficient_mini.show.progress import ProgressBar
 
 
@@ -65,8 +65,7 @@ def evaluate(arguments) -> int:
     folders, problems = named_folders(arguments.segs), []
     truths = files_by_name(arguments.gts, problems)
     masks = {name: files_by_name(folder, problems) for name, folder in folders.items()}
-    for name, found in masks.items():
-        problems += compare_names(name, found, truths, arguments)
+    compare_names(masks, truths, arguments.skip_missing, problems)
     output = arguments.output or next(iter(folders.values()))
     output.mkdir(parents=True, exist_ok=True)                # before the work, not after it
 
@@ -98,7 +97,7 @@ def evaluate(arguments) -> int:
 
 # --------------------------------------------------------------------------------------------------------------- files
 
-def named_folders(arguments: list[str]) -> dict[str, Path]:
+def named_folders(arguments):
     """"name=folder" or "folder" (named after itself) -> {name: folder}. ValueError where a name comes twice."""
     folders = {}
     for argument in arguments:
@@ -111,7 +110,7 @@ def named_folders(arguments: list[str]) -> dict[str, Path]:
     return folders
 
 
-def files_by_name(folder, problems: list[str]) -> dict[str, Path]:
+def files_by_name(folder, problems):
     """{file name: path} of all NPZ files below the folder; a line in `problems` for each that has another's name."""
     found = {}
     for path in list_cases(folder):
@@ -120,16 +119,15 @@ def files_by_name(folder, problems: list[str]) -> dict[str, Path]:
     return found
 
 
-def compare_names(name: str, masks, truths, arguments) -> list[str]:
-    """Lines about masks without ground truth and ground truth without masks."""
-    lines, strangers, missing = [], sorted(masks.keys() - truths.keys()), sorted(truths.keys() - masks.keys())
-    if strangers:
-        lines.append(f"{name}: expected masks of the cases in {arguments.gts}, found some without ground truth: "
-                     f"{', '.join(strangers)}")
-    if missing:
-        lines.append(f"{name}: expected masks of {len(truths)} cases, found {len(missing)} missing "
-                     f"({'left out' if arguments.skip_missing else 'scored 0'}): {', '.join(missing)}")
-    return lines
+def compare_names(masks, truths, skip_missing, problems):
+    """Lines in `problems` about masks without ground truth and ground truth without masks."""
+    fate = "left out" if skip_missing else "scored 0"
+    for name, found in masks.items():
+        for names, what in ((found.keys() - truths.keys(), "files without ground truth"),
+                            (truths.keys() - found.keys(), f"cases without masks, {fate}")):
+            if names:
+                problems.append(f"{name}: expected masks of all {len(truths)} cases and no others, found {len(names)} "
+                                f"{what}: {', '.join(sorted(names))}")
 
 
 # ------------------------------------------------------------------------------------------------------------- scoring
@@ -143,15 +141,16 @@ def score_all(masks, truths, arguments):
         return list(ProgressBar(scored, len(truths), "scoring"))
 
 
-def score(truth: Path, masks: dict[str, Path | None], arguments) -> tuple[dict[str, dict], list[str], list[str]]:
+def score(truth, masks, arguments):
     """Score one case of all results.
 
     Args:
-        truth: the ground truth.
-        masks: the masks of each result, None where there are none.
+        truth: path of the ground truth.
+        masks: {name of the result: path of its masks, None where there are none}.
 
     Returns:
-        The row of each result (none where the ground truth is bad), lines about bad files, and lines that only hint.
+        {name: row as in report.py with the paths `truth` and `masks`}, nothing where the ground truth is bad; lines
+        about bad files; and lines that only hint.
     """
     rows, wrong, hints = {}, [], []
     try:
@@ -181,26 +180,25 @@ def score(truth: Path, masks: dict[str, Path | None], arguments) -> tuple[dict[s
 
 # ------------------------------------------------------------------------------------------------------------- figures
 
-def draw_figures(folder, rows, problems: list[str]) -> None:
-    """For each target a PNG: best case above worst (by DSC) as image, ground truth and prediction contours (Fig. 2)."""
+def draw_figures(folder, rows, problems):
+    """For each target a PNG: best case above worst (by DSC) as image, ground truth and prediction contours (Fig. 2).
+
+    A volume is shown by the slice with the largest labelled area. What cannot be drawn costs a line in `problems`.
+    """
     rows = sorted((row for row in rows if row["masks"] and row["labels"]), key=lambda row: -row["dsc"])
     for target in sorted({row["modality"] for row in rows}):
-        cases = [row for row in rows if row["modality"] == target]
+        cases, pictures = [row for row in rows if row["modality"] == target], []
         try:
-            ends = zip(("best", "worst"), cases[::max(1, len(cases) - 1)])
-            save_png(folder / f"{target}.png", sheet([figure_row(kind, row) for kind, row in ends], 1))
+            for kind, row in zip(("best", "worst"), cases[::max(1, len(cases) - 1)]):
+                case = read_case(row["truth"], need_boxes=False, need_gts=True)
+                pixels, z, segs = case.image, ..., read_labels(row["masks"], "segs")[0]
+                if case.is_3d:
+                    pixels, z = case.volume, int(np.count_nonzero(case.gts, axis=(1, 2)).argmax())
+                caption = f"{kind}: DSC {100 * row['dsc']:.1f} %, NSD {100 * row['nsd']:.1f} %   {row['case']}"
+                pictures.append(compare_row(pixels[z], case.gts[z], segs[z], caption))
+            save_png(folder / f"{target}.png", np.vstack(pictures))
         except Exception as error:   # a picture is decoration
             problems.append(f"--figure: {target}: {first_line(error)}")
-
-
-def figure_row(kind: str, row: dict) -> np.ndarray:
-    """One case as RGB (H, W, 3); of a volume the slice with the largest labelled area."""
-    case, segs = read_case(row["truth"], need_boxes=False, need_gts=True), read_labels(row["masks"], "segs")[0]
-    pixels, z = case.image, ...
-    if case.is_3d:
-        pixels, z = case.volume, int(np.count_nonzero(case.gts, axis=(1, 2)).argmax())
-    caption = f"{kind}: DSC {100 * row['dsc']:.1f} %, NSD {100 * row['nsd']:.1f} %   {row['case']}"
-    return compare_row(pixels[z], case.gts[z], segs[z], caption)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ from .surfels import CONTOUR_LENGTHS, surfel_areas, surfel_codes
 LOWEST_DSC = 0.2                     # At or below this mean DSC the challenge's script takes NSD as 0.
 
 
-# ------------------------------------------------------------------------------------------------------------- scores
-
 def dsc(gt: np.ndarray, seg: np.ndarray) -> float:
     """Return the Dice similarity coefficient of two masks, 2 |gt and seg| / (|gt| + |seg|), 0 … 1.
 

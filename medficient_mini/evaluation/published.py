@@ -1,12 +1,10 @@
 """The scores and times that MedficientSAM's paper reports, for the columns beside one's own.
 
-Table 4: percent on the challenge's public validation set, DSC and NSD of each network. Second hand: the paper's text
-was in no source at hand, so the figures are those of the copy in the README of the team that reproduced it
-(github.com/RicoLeehdu/medficientsam-reproduce; "-R" there stands for their run, it seems). Checked: the nine rows give
-the averages within 0.01, and those of L1 are the ones in the paper's abstract.
+Table 4: percent on the challenge's public validation set, DSC and NSD of each network, as the README of the team that
+reproduced it copies them (github.com/RicoLeehdu/medficientsam-reproduce; "-R" seems to be their run), since the paper's
+text was in no source at hand. The nine rows give the averages within 0.01; those of L1 are in the paper's abstract.
 
-Table 5: mean seconds of a 2D and a 3D case on an Intel Core i9-10900K; L1 from the paper's abstract, LiteMedSAM from
-the copy above. The runtimes per modality (Table 7) were in no source at hand and are left out.
+Table 5: mean seconds of a 2D and a 3D case on an Intel Core i9-10900K; L1 from the abstract, LiteMedSAM from the copy.
 """
 
 NETWORKS = ("LiteMedSAM", "Distillation", "Distillation-R", "No Augmentation", "No Augmentation-R",

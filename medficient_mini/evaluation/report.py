@@ -6,7 +6,6 @@ are any, nsd_contour and seconds. Results are a dict, name -> list of rows.
 """
 import csv
 import io
-import re
 from itertools import chain, combinations
 from pathlib import Path
 
@@ -21,7 +20,7 @@ MODALITIES = ("CT", "MR", "PET", "US", "XRay", "Dermoscopy", "Endoscopy", "Fundu
 AVERAGES = ("average over modalities", "average over cases")
 KINDS = ("2D", "3D")
 TITLE = {"dsc": "DSC", "nsd": "NSD", "nsd_contour": "contour NSD", "XRay": "X-Ray", "2D": "2D, mean over cases",
-         "3D": "3D, mean over cases"}                        # what the tables print for a key, where it differs
+         "3D": "3D, mean over cases", None: "–"}             # what the tables print for a key, where it differs
 DRAWS = 2_000                        # bootstrap samples
 
 
@@ -33,12 +32,13 @@ def summarise(rows: list[dict]) -> dict[str, dict]:
     Rows without a score count for the time only. The average over modalities is the paper's: the mean of their means.
 
     Returns:
-        {target: {"cases": number, "dsc": mean, "nsd": mean, "nsd_contour": mean, "seconds": mean}}, a mean None where
-        there is nothing to average; of "2D" and "3D" the seconds alone.
+        {target: {"cases": number, "dsc": mean, "nsd": mean[, "nsd_contour": mean][, "seconds": mean]}}, a mean None
+        where there is nothing to average; of "2D" and "3D" the seconds alone.
     """
     scored = [row for row in rows if row["dsc"] is not None]
     table = {target: means([row for row in scored if row["modality"] == target]) for target in modalities_of(rows)}
-    over_modalities = means(table.values()) | {"cases": len(scored), "seconds": None}
+    over_modalities = means(table.values()) | {"cases": len(scored)}
+    over_modalities.pop("seconds", None)
     table |= zip(AVERAGES, (over_modalities, means(scored)))
     timed = [row for row in rows if row.get("seconds") is not None]
     for kind in KINDS if timed else ():
@@ -47,9 +47,9 @@ def summarise(rows: list[dict]) -> dict[str, dict]:
 
 
 def means(rows) -> dict:
-    """The number of rows, and the mean of each score over those that have it."""
+    """The number of rows, and the mean of each of their columns over those that have it."""
     table = {"cases": len(rows)}
-    for key in ("dsc", "nsd", "nsd_contour", "seconds"):
+    for key in columns_of(rows):
         values = [row[key] for row in rows if row.get(key) is not None]
         table[key] = float(np.mean(values)) if values else None
     return table
@@ -69,12 +69,11 @@ def columns_of(rows) -> list[str]:
 def paired_differences(a: list[dict], b: list[dict], scores: list[str]):
     """Compare two results over the cases that have a score in both.
 
-    Cases of one patient are no independent evidence, so the bootstrap draws whole patients, with replacement. The same
-    rows give the same numbers.
+    The bootstrap draws whole patients, as cases of one patient are no independent evidence. It is seeded.
 
     Returns:
-        The number of cases, and for each score the mean of b - a over them and the ends of its 95 % interval, if
-        there are two patients or more; nothing where there is no case.
+        The number of cases, and for each score the mean of b - a over them and, given two patients or more, the ends
+        of its 95 % interval.
     """
     a, b = ({row["case"]: row for row in rows if row["dsc"] is not None} for rows in (a, b))
     cases = sorted(a.keys() & b.keys())
@@ -116,13 +115,13 @@ def markdown(results: dict[str, list[dict]], published: bool = False, heading: s
 def score_table(summaries, targets, scores, published):
     """The layout of Table 4: a row per target, for each column its scores in percent, the best of a score in bold."""
     columns = {(name, key): {target: round(100 * entry[key], 2) for target, entry in summary.items()
-                             if entry[key] is not None}
+                             if entry.get(key) is not None}
                for name, summary in summaries.items() for key in scores}
     columns |= published_scores() if published else {}
     lines = []
     for target in targets:
         counts = dict.fromkeys(str(summary.get(target, {"cases": 0})["cases"]) for summary in summaries.values())
-        line = [TITLE.get(target, target), "/".join(counts)]
+        line = [target, "/".join(counts)]
         for (_, key), values in columns.items():
             best = max(other.get(target, 0) for (_, score), other in columns.items() if score == key)
             text = cell(values.get(target))
@@ -138,7 +137,7 @@ def difference_table(results, targets, scores):
         for target in targets:
             pair = [[row for row in rows if target in (None, row["modality"])] for rows in (a, b)]
             cases, estimates = paired_differences(*pair, scores)
-            line = [f"{second} − {first}", TITLE.get(target, target or "all cases"), cases]
+            line = [f"{second} − {first}", target or "all cases", cases]
             for mean, *ends in estimates:
                 limits = ", ".join(f"{100 * end:+.2f}" for end in ends)
                 line.append(f"{100 * mean:+.2f} [{limits or '–'}]")
@@ -149,11 +148,11 @@ def difference_table(results, targets, scores):
 
 def runtime_table(summaries, targets, published):
     """Tables 7 and 5: per modality, then the means of 2D and 3D cases."""
-    columns = {name: {target: entry["seconds"] for target, entry in summary.items()}
+    columns = {name: {target: entry.get("seconds") for target, entry in summary.items()}
                for name, summary in summaries.items()}
     columns |= SECONDS if published else {}
-    lines = [[TITLE.get(target, target)] + [column.get(target) for column in columns.values()] for target in targets]
-    return table(["Target", *columns], lines)
+    return table(["Target", *columns],
+                 [[target] + [column.get(target) for column in columns.values()] for target in targets])
 
 
 def table(header: list, lines: list[list]) -> str:
@@ -162,27 +161,29 @@ def table(header: list, lines: list[list]) -> str:
 
 
 def cell(value) -> str:
-    return "–" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    return TITLE.get(value, str(value))
 
 
 # ----------------------------------------------------------------------------------------------------------------- CSV
 
 def metrics_csv(rows: list[dict]) -> str:
     """Write case,modality,labels,dsc,nsd[,nsd_contour][,seconds], a line per case, empty where there is no score."""
-    return csv_text(["case", "modality", "labels", *columns_of(rows)], sorted(rows, key=lambda row: row["case"]))
+    return csv_text(["case", "modality", "labels"], sorted(rows, key=lambda row: row["case"]))
 
 
 def summary_csv(results: dict[str, list[dict]]) -> str:
     """Write result,modality,cases,dsc,nsd,…: the numbers of summary.md as fractions."""
-    columns = columns_of(list(chain(*results.values())))
-    lines = [{"result": name, "modality": target} | entry
-             for name, rows in results.items() for target, entry in summarise(rows).items()]
-    return csv_text(["result", "modality", "cases", *columns], lines)
+    return csv_text(["result", "modality", "cases"],
+                    [{"result": name, "modality": target} | entry
+                     for name, rows in results.items() for target, entry in summarise(rows).items()])
 
 
-def csv_text(columns: list[str], lines: list[dict]) -> str:
+def csv_text(first: list[str], lines: list[dict]) -> str:
+    """The first columns and those of `columns_of`."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(text, first + columns_of(lines), extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for line in lines:
         writer.writerow({key: f"{cell:.6f}" if isinstance(cell, float) else cell for key, cell in line.items()})
@@ -194,18 +195,16 @@ def add_seconds(rows: list[dict], folder, problems: list[str]) -> None:
 
     Times are decoration: a line that is not `name,seconds` costs a line in `problems`, nothing else.
     """
-    path, lines, seconds = Path(folder) / "efficiency.csv", [], {}
+    path, seconds = Path(folder) / "efficiency.csv", {}
     try:
         text = path.read_text("utf-8", "replace") if path.exists() else ""
-        lines = list(csv.reader(io.StringIO(text, newline="")))
+        for count, line in enumerate(csv.reader(io.StringIO(text, newline="")), 1):
+            try:
+                seconds[line[0]] = float(line[1])
+            except (IndexError, ValueError):
+                if line and line[0] != "case":               # jobs that start together may write the heading twice
+                    problems.append(f"{path}: line {count}: expected case,seconds, found {','.join(line)}: left out")
     except (OSError, csv.Error) as error:
         problems.append(f"{path}: {first_line(error)}")
-    for count, line in enumerate(lines, 1):
-        if line and line[0] != "case":                       # jobs that start together may write the heading twice
-            name, time = (*line, "")[:2]
-            if re.fullmatch(r"\d+\.?\d*", time):
-                seconds[name.removesuffix(".npz") + ".npz"] = float(time)
-            else:
-                problems.append(f"{path}: line {count}: expected case,seconds, found {','.join(line)}: left out")
     for row in rows if seconds else ():
         row["seconds"] = seconds.get(row["case"])

@@ -11,7 +11,7 @@ import numpy as np
 from ..files import whole_file
 
 SMALLEST = 512                       # overlays of smaller images are enlarged by a whole number until this long
-TILE = 320                           # longest side of a slice in a contact sheet and of a panel in a row
+TILE = 320                           # longest side of a slice in a contact sheet, width of a panel in a row
 SLICES = 12                          # of a contact sheet, at most
 WHITE, BLACK, BLUE = (255, 255, 255), (0, 0, 0), (30, 90, 200)
 
@@ -49,7 +49,7 @@ def contact_sheet(volume: np.ndarray, segs: np.ndarray, boxes: np.ndarray) -> np
 
 
 def compare_row(image: np.ndarray, gts: np.ndarray, segs: np.ndarray, caption: str) -> np.ndarray:
-    """Draw image, ground truth contours and prediction contours side by side (MedficientSAM, Fig. 2).
+    """Draw image, ground truth contours and prediction contours side by side, 960 wide (MedficientSAM, Fig. 2).
 
     Args:
         image: uint8 (H, W) or (H, W, 3).
@@ -58,7 +58,7 @@ def compare_row(image: np.ndarray, gts: np.ndarray, segs: np.ndarray, caption: s
     """
     panels = []
     for name, labels in (("image", np.zeros_like(gts)), ("ground truth", gts), ("prediction", segs)):
-        panels.append(panel(image, labels, (), TILE / max(image.shape[:2])))
+        panels.append(panel(image, labels, (), TILE / image.shape[1]))
         write(panels[-1], name, 4, len(panels[-1]) - 6, 0.4)
     row = np.pad(np.hstack(panels), ((24, 0), (0, 0), (0, 0)), constant_values=255)
     write(row, caption, 4, 17, 0.45, BLACK, outline=None)
@@ -85,8 +85,7 @@ def curves(columns: dict[str, list[float]], xs: list[float], path) -> None:
             cv2.polylines(picture, [points], False, BLUE, 2, cv2.LINE_AA)
         write(picture, name, 20, 26, 0.5, BLACK, outline=None)
         panels.append(picture)
-    if panels:
-        save_png(path, sheet(panels, 3))
+    save_png(path, sheet(panels, 3))
 
 
 def save_png(path, picture: np.ndarray) -> None:
@@ -129,21 +128,19 @@ def colours(count: int) -> np.ndarray:
 
 
 def contours(labels, thickness: int) -> np.ndarray:
-    """bool (H, W): labelled pixels within `thickness` pixels of another label or the background, all labels at once."""
+    """bool (H, W): labelled pixels within `thickness` pixels of another label or the background, of all labels."""
     kernel = np.ones((2 * thickness + 1,) * 2, np.uint8)
     return (labels > 0) & (cv2.morphologyEx(labels, cv2.MORPH_GRADIENT, kernel) > 0)       # greatest minus smallest
 
 
 def write(picture, text: str, x: int, y: int, size: float, colour=WHITE, outline=BLACK) -> None:
-    """`text` in ASCII (else "?") at the baseline point x, y; with an outline it reads on any background."""
-    text = text.encode("ascii", "replace").decode()
+    """`text` at the baseline point x, y; with an outline it reads on any background."""
     for ink, thickness in ((outline, 3), (colour, 1)):
         if ink is not None:
             cv2.putText(picture, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, size, ink, thickness, cv2.LINE_AA)
 
 
 def sheet(pictures: list[np.ndarray], columns: int) -> np.ndarray:
-    """Pictures in rows of so many, those of a row of one height; the rest of shorter rows is white."""
-    rows = [np.hstack(pictures[i:i + columns]) for i in range(0, len(pictures), columns)]
-    width = max(row.shape[1] for row in rows)
-    return np.vstack([np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows])
+    """Pictures of one size in rows of so many, the last row filled with white."""
+    pictures = pictures + [np.full_like(pictures[0], 255)] * (-len(pictures) % columns)
+    return np.vstack([np.hstack(pictures[i:i + columns]) for i in range(0, len(pictures), columns)])

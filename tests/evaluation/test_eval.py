@@ -55,7 +55,7 @@ def folders(tmp_path):
 
 def test_one_result(folders, evaluate):
     (folders / "near" / "efficiency.csv").write_text(
-        "case,seconds\n2D_CT_a.npz,9\n2D_CT_b.npz,2\n2D_CT_a,1\n3D_MR_d.npz,8\n")
+        "case,seconds\n2D_CT_a.npz,9\n2D_CT_b.npz,2\n2D_CT_a.npz,1\n3D_MR_d.npz,8\n")
     status, output, errors = evaluate("-s", folders / "near", "-g", folders / "gts", "--contour-nsd",
                                       "--figure", folders / "pictures")
     assert (status, errors) == (0, [])
@@ -167,7 +167,7 @@ def test_fault_9_decoration_costs_no_table(folders, evaluate):
     """Times that cannot be read and pictures that cannot be written cost a line each."""
     (folders / "near" / "efficiency.csv").write_text(
         'case,seconds\n2D_US_a"b,c.npz,1.2\n2D_CT_a.npz,fast\n2D_CT_b.npz\n\n'
-        '2D_CT_b.npz,2\n3D_MR_d.npz,nan\n"x""y,z.npz",3\n')
+        '2D_CT_b.npz,2\n3D_MR_d.npz,-\n"x""y,z.npz",3\n')
     (folders / "pictures").write_text("a file where the folder should be")
     status, _, lines = evaluate("-s", folders / "near", "-g", folders / "gts", "--figure", folders / "pictures")
     assert status == 1
