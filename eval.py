@@ -38,7 +38,7 @@ def parse_arguments(argv):
     add("--published", action="store_true", help="add the columns of MedficientSAM, Table 4")
     add("--by-source", action="store_true", help="a line per data set (CT STS of 3D_CT_STS_004.npz), not per modality")
     add("--figure", type=Path, metavar="DIR", help="best and worst case of each target as pictures")
-    add("--workers", "--threads", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
+    add("--workers", "--threads", type=int, default=min(8, os.cpu_count()), metavar="N",
         help="processes (default: %(default)s)")
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.tolerance < float("inf"):
@@ -126,8 +126,8 @@ def compare_names(masks, truths, skip_missing, problems):
         for names, what in ((found.keys() - truths.keys(), "files without ground truth"),
                             (truths.keys() - found.keys(), f"cases without masks, {fate}")):
             if names:
-                problems.append(f"{name}: expected masks of all {len(truths)} cases and no others, found {len(names)} "
-                                f"{what}: {', '.join(sorted(names))}")
+                problems.append(f"{name}: expected masks of all cases and of no others, found {len(names)} {what}: "
+                                f"{', '.join(sorted(names))}")
 
 
 # ------------------------------------------------------------------------------------------------------------- scoring
@@ -135,7 +135,7 @@ def compare_names(masks, truths, skip_missing, problems):
 def score_all(masks, truths, arguments):
     """`score` of every case, in processes where --workers says so."""
     paths = [{name: found.get(case) for name, found in masks.items()} for case in truths]
-    with ProcessPoolExecutor(arguments.workers) as pool:        # without a job it starts no process
+    with ProcessPoolExecutor(max(1, arguments.workers)) as pool:        # without a job it starts no process
         run = pool.map if arguments.workers > 1 else map
         scored = run(partial(score, arguments=arguments), truths.values(), paths)
         return list(ProgressBar(scored, len(truths), "scoring"))

@@ -90,8 +90,6 @@ def as_masks(gt, seg):
     return gt, seg
 
 
-# ---------------------------------------------------------------------------------------------------------- distances
-
 def near_share(gt, seg, spacing_mm, tolerance_mm, sizes):
     """The NSD of two bool masks with two or three axes; `sizes` holds the size of the surfel of each code."""
     from scipy import ndimage

@@ -29,11 +29,11 @@ DRAWS = 2_000                        # bootstrap samples
 def summarise(rows: list[dict]) -> dict[str, dict]:
     """Average rows for each target: the modalities, the two AVERAGES of all, and the 2D and 3D cases that have a time.
 
-    Rows without a score count for the time only. The average over modalities is the paper's: the mean of their means.
+    Rows without a score count for the time only. The average over modalities is the paper's, the mean of their means.
 
     Returns:
-        {target: {"cases": number, "dsc": mean, "nsd": mean[, "nsd_contour": mean][, "seconds": mean]}}, a mean None
-        where there is nothing to average; of "2D" and "3D" the seconds alone.
+        {target: {"cases": number, "dsc": mean, "nsd": mean, "nsd_contour": mean, "seconds": mean}} without the means
+        of nothing; of "2D" and "3D" the seconds alone.
     """
     scored = [row for row in rows if row["dsc"] is not None]
     table = {target: means([row for row in scored if row["modality"] == target]) for target in modalities_of(rows)}
@@ -47,11 +47,12 @@ def summarise(rows: list[dict]) -> dict[str, dict]:
 
 
 def means(rows) -> dict:
-    """The number of rows, and the mean of each of their columns over those that have it."""
+    """The number of rows, and the mean of each of their columns over those that have it, if any."""
     table = {"cases": len(rows)}
     for key in columns_of(rows):
         values = [row[key] for row in rows if row.get(key) is not None]
-        table[key] = float(np.mean(values)) if values else None
+        if values:
+            table[key] = float(np.mean(values))
     return table
 
 
@@ -114,8 +115,7 @@ def markdown(results: dict[str, list[dict]], published: bool = False, heading: s
 
 def score_table(summaries, targets, scores, published):
     """The layout of Table 4: a row per target, for each column its scores in percent, the best of a score in bold."""
-    columns = {(name, key): {target: round(100 * entry[key], 2) for target, entry in summary.items()
-                             if entry.get(key) is not None}
+    columns = {(name, key): {target: round(100 * entry[key], 2) for target, entry in summary.items() if key in entry}
                for name, summary in summaries.items() for key in scores}
     columns |= published_scores() if published else {}
     lines = []

@@ -10,7 +10,8 @@ from functools import lru_cache
 import numpy as np
 
 SQUARE = ((0, 0), (0, 1), (1, 1), (1, 0))                    # the corners of a face, in order around it
-# In 2D the four pixels around a corner, bits 8 4 above 2 1, give a piece of the contour: a slant cuts one of them off.
+# In 2D: the contour's length in pixels within the four pixels around a corner, bits 8 and 4 above 2 and 1, for each of
+# the 16 codes. A pixel that differs from both of its neighbours is cut off by a slant from side to side.
 SLANT = 0.5 ** 0.5
 CONTOUR_LENGTHS = np.array([0, SLANT, SLANT, 1, SLANT, 1, 2 * SLANT, SLANT,
                             SLANT, 2 * SLANT, 1, SLANT, 1, SLANT, SLANT, 0])

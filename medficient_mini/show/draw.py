@@ -94,8 +94,6 @@ def save_png(path, picture: np.ndarray) -> None:
         temporary.write_bytes(cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1])
 
 
-# ------------------------------------------------------------------------------------------------- pieces of a picture
-
 def panel(image, segs, boxes, scale: float, fill: float = 0.0) -> np.ndarray:
     """One picture: `image` scaled by `scale`, contours of `segs`, their areas tinted by `fill` (0 … 1), boxes.
 
