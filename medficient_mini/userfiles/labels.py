@@ -15,8 +15,8 @@ MOST_VALUES = 32                     # more grey values or colours are no labels
 def load_label_picture(path) -> tuple[np.ndarray, list[str]]:
     """Read a mask picture as uint16 labels (H, W), 0 the background.
 
-    Of a palette PNG the indices are the labels, of a grey picture the grey values (see `grey_labels`), of a coloured
-    one every colour but black (see `coloured_labels`). What is transparent is background.
+    Of a palette PNG the indices are the labels, of others the grey values or colours (see `labels_of`). What is less
+    than half as opaque as the most opaque pixel is background, so black on nothing is a mask too.
 
     Returns:
         The labels, and lines for the user that say how they were changed: turned, or cut.
@@ -36,17 +36,11 @@ def load_label_picture(path) -> tuple[np.ndarray, list[str]]:
         if whole.shape[2:] == (4,):
             if remarks:
                 raise ValueError(f"{name}: gts: expected an opaque mask or no EXIF orientation, found transparency")
-            # What is less than half as opaque as the most opaque pixel is background; black on nothing is a mask too.
             visible = (whole[..., 3:] >= whole[..., 3].max() / 2).astype(np.uint8)
             seen = pixels * visible
             pixels = seen if seen.any() or visible.all() else visible
-        white = 255 if pixels.dtype == np.uint8 else 65535
-        pixels = whole_numbers(pixels, name)
-        if (pixels == pixels[..., :1]).all():
-            labels, cut = grey_labels(pixels[..., 0], white, data.startswith(JPEG), name)
-            remarks += cut
-        else:
-            labels = coloured_labels(pixels, data, name)
+        labels, cut = labels_of(pixels, data, name)
+        remarks += cut
     return labels.astype(np.uint16), [f"{name}: gts: {remark}" for remark in remarks]
 
 
@@ -58,35 +52,32 @@ def indices_as_grey(data: bytes) -> bytes:
     return before[:-4] + png_chunk(b"PLTE", grey) + after[size + 4:]
 
 
-def grey_labels(labels: np.ndarray, white: int, jpeg: bool, name: str) -> tuple[np.ndarray, list[str]]:
-    """Leave grey values (H, W) as they are where they are few or small, else cut white on black with soft edges.
+def labels_of(pixels: np.ndarray, data: bytes, name: str) -> tuple[np.ndarray, list[str]]:
+    """Turn the pixels of a mask (H, W, 1 or 3) into labels (H, W): few or small grey values stay as they are, few
+    colours but black are numbered in order of (R, G, B), and white on black with soft edges is cut at half of white.
 
     Raises:
-        ValueError: there are many values, and black and white are not the two fullest quarters of the histogram.
+        ValueError: there are many values, and black and white are not the two fullest quarters of the histogram; or
+            they are the colours of a palette whose indices are not read.
     """
-    values = np.unique(labels)
-    if values[-1] <= white // 16 or len(values) <= (2 if jpeg else MOST_VALUES):
-        return labels, []
-    quarters = np.bincount(labels.ravel() // (white // 4 + 1), minlength=4)
-    if min(quarters[0], quarters[3]) <= max(quarters[1], quarters[2]):
-        raise ValueError(f"{name}: gts: expected labels or black and white, found {len(values)} grey values "
-                         f"(save over {MOST_VALUES} labels with a palette or 16 bits, none as JPEG)")
-    return labels > white // 2, [f"a black and white mask with soft edges, cut at {white // 2 + 1}"]
-
-
-def coloured_labels(pixels: np.ndarray, data: bytes, name: str) -> np.ndarray:
-    """Number the colours but black of RGB (H, W, 3) in order of (R, G, B), as integers (H, W).
-
-    Raises:
-        ValueError: there are too many colours, those of a JPEG, or those of a palette that is not read.
-    """
-    if tiff_fields(data).get(PHOTOMETRIC) == PALETTE or data.startswith(b"BM") and data[28] <= 8:     # bits of a pixel
+    white = 255 if pixels.dtype == np.uint8 else 65535
+    pixels = whole_numbers(pixels, name)
+    grey = (pixels == pixels[..., :1]).all()
+    palette = tiff_fields(data).get(PHOTOMETRIC) == PALETTE or data.startswith(b"BM") and data[28] <= 8
+    if palette and not grey:
         raise ValueError(f"{name}: gts: expected labels with a palette as PNG, found another format")
-    numbers = pixels.astype(np.int64) @ (1 << 32, 1 << 16, 1)
-    found, labels = np.unique(numbers, return_inverse=True)
-    if len(found) > MOST_VALUES or data.startswith(JPEG):
-        raise ValueError(f"{name}: gts: expected at most {MOST_VALUES} flat colours, no JPEG, found {len(found)}")
-    return labels.reshape(numbers.shape) + (found[0] != 0)
+    numbers = pixels[..., 0] if grey else pixels.astype(np.int64) @ (1 << 32, 1 << 16, 1)
+    found = np.unique(numbers)
+    few = len(found) <= (2 if data.startswith(JPEG) else MOST_VALUES)
+    if grey and (few or found[-1] <= white // 16):
+        return numbers, []
+    if few:
+        return np.searchsorted(found, numbers) + (found[0] != 0), []
+    quarters = np.bincount(pixels[..., 0].ravel() // (white // 4 + 1), minlength=4)
+    if grey and min(quarters[0], quarters[3]) > max(quarters[1], quarters[2]):
+        return numbers > white // 2, [f"a black and white mask with soft edges, cut at {white // 2 + 1}"]
+    raise ValueError(f"{name}: gts: expected labels or black and white, found {len(found)} grey values or colours "
+                     f"(save over {MOST_VALUES} labels with a palette or 16 bits, none as JPEG)")
 
 
 def whole_numbers(array: np.ndarray, name: str) -> np.ndarray:

@@ -76,9 +76,12 @@ def intensity_range(sample: np.ndarray, window: tuple[float, float] | None) -> t
 
 def to_uint8(array: np.ndarray, low: float, high: float) -> np.ndarray:
     """Map numbers of any type and shape to uint8: low and below to 0, high and above to 255, NaN to 0."""
+    array = np.asarray(array)
+    if (array.dtype, low, high) == (np.uint8, 0, 255):
+        return array
     # 8 and 16 bits are exact in float32. Larger numbers far from zero would lose their differences there.
-    kind = np.float32 if np.asarray(array).dtype.itemsize <= 2 else np.float64
-    scaled = (np.asarray(array, kind) - low) * 255 / max(high - low, 1e-12)
+    kind = np.float32 if array.dtype.itemsize <= 2 else np.float64
+    scaled = (array.astype(kind) - low) * 255 / max(high - low, 1e-12)
     return np.nan_to_num(scaled.clip(0, 255) + 0.5, nan=0.0).astype(np.uint8)
 
 

@@ -58,7 +58,7 @@ def test_grey_and_coloured_labels(tmp_path):
     assert (load_label_picture(write(tmp_path / "many.png", many.astype(np.uint16)))[0] == many).all()
     with pytest.raises(ValueError, match="many.png: gts: expected labels or black and white, found 256 grey values"):
         load_label_picture(write(tmp_path / "many.png", many.astype(np.uint8)))
-    with pytest.raises(ValueError, match="photo.png: gts: expected at most 32 flat colours"):
+    with pytest.raises(ValueError, match="photo.png: gts: expected labels or black and white, found [0-9]+ grey values or colours"):
         load_label_picture(write(tmp_path / "photo.png", RGB))
 
 
@@ -109,7 +109,7 @@ def test_antialiased_lines_are_one_object(tmp_path):                            
         labels, warning = load_label_picture(write(tmp_path / name, pixels))
         assert (labels == (lines > 127)).all() and "cut at" in warning[0]
     colour = write(tmp_path / "b.png", np.dstack([lines, lines * 0, lines]))
-    with pytest.raises(ValueError, match="b.png: gts: expected at most 32 flat colours"):
+    with pytest.raises(ValueError, match="b.png: gts: expected labels or black and white"):
         load_label_picture(colour)
 
 
