@@ -115,10 +115,12 @@ def convert_pair(image: Path, mask: Path, target: Path, arguments) -> tuple[int,
     """
     if is_nifti(image):
         imgs, grid, text = load_nifti(image, arguments.axis, arguments.window)
-        labels, lines, more = load_label_nifti(mask, grid), [], {"spacing": grid.spacing}
+        labels, lines = load_label_nifti(mask, grid), []
+        spacing = {"spacing": grid.spacing}
     else:
         imgs, text = load_picture(image, arguments.window)
-        (labels, lines), more = load_label_picture(mask), {}
+        labels, lines = load_label_picture(mask)
+        spacing = {}
         if TURNED in text:
             lines.append(f"{image.name}: imgs: {TURNED}, see that {mask.name} fits")
         if labels.shape != imgs.shape[:2]:
@@ -135,7 +137,7 @@ def convert_pair(image: Path, mask: Path, target: Path, arguments) -> tuple[int,
     corners = boxes.reshape(len(boxes), 2, -1)                                # (N, lower and upper, xyz)
     corners[..., :2] += rng.integers(0, arguments.margin + 1, (len(boxes), 2, 2)) * [[-1], [1]]
     boxes = corners.clip(0, np.array(gts.shape[::-1]) - 1).reshape(boxes.shape)
-    write_npz(target, imgs=imgs, gts=gts, boxes=boxes, intensity=text, **more)
+    write_npz(target, imgs=imgs, gts=gts, boxes=boxes, intensity=text, **spacing)
     return len(boxes), lines
 
 

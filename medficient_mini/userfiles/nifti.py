@@ -52,15 +52,13 @@ class Grid:
 def grid_of(shape, affine: np.ndarray, axis: str, header=None) -> Grid:
     """Find the slices along an anatomical axis (a key of AXES) that lie closest to a file's own axes.
 
-    Args:
-        shape: (I, J, K) of the file.
-        affine: float64 (4, 4), voxel indices to mm.
+    The file's voxels are `shape` (I, J, K), and `affine`, float64 (4, 4), turns their indices into mm.
     """
     from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
     # For slices, rows and columns the file axis behind each, and whether it runs the same way (1) or backward (-1).
     order, sense = ornt_transform(axcodes2ornt(AXES[axis]), io_orientation(affine)).astype(int).T
     spacing = np.linalg.norm(affine[:3, :3], axis=0)[order]
-    return Grid(tuple(shape), affine, order, sense < 0, spacing, header)
+    return Grid(shape, affine, order, sense < 0, spacing, header)
 
 
 def _open(path: Path):
