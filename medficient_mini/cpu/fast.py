@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..machine import native_bf16
+from ..machine import native_bf16, return_memory
 from ..nets.efficientvit import EfficientViTSam
 from ..nets.sam import Sam
 from .convolutions import fuse
@@ -99,9 +99,13 @@ class FastEncoder(nn.Module):
         if calibration is not None:
             swap_blocks(self.encoder, calibration)
         fuse(self.encoder, dtype)
-        self.bf16 = dtype == torch.bfloat16
+        self.bf16, self.packed = dtype == torch.bfloat16, False
 
     @torch.inference_mode()
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):        # the transformers' linear layers
-            return self.encoder(x.contiguous(memory_format=torch.channels_last)).float()
+            embedding = self.encoder(x.contiguous(memory_format=torch.channels_last)).float()
+        if not self.packed:          # the first image has the weights packed; 100 MB of their old form are free now
+            return_memory()
+            self.packed = True
+        return embedding
