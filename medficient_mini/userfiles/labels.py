@@ -53,8 +53,10 @@ def indices_as_grey(data: bytes) -> bytes:
 
 
 def labels_of(pixels: np.ndarray, data: bytes, name: str) -> tuple[np.ndarray, list[str]]:
-    """Turn the pixels of a mask (H, W, 1 or 3) into labels (H, W): few or small grey values stay as they are, few
-    colours but black are numbered in order of (R, G, B), and white on black with soft edges is cut at half of white.
+    """Turn the pixels of a mask (H, W, 1 or 3) into labels (H, W).
+
+    Grey values stay as they are where they are few, small or without a gap; few colours but black are numbered in
+    order of (R, G, B); white on black with soft edges is cut at half of white.
 
     Raises:
         ValueError: there are many values, and black and white are not the two fullest quarters of the histogram; or
@@ -69,7 +71,8 @@ def labels_of(pixels: np.ndarray, data: bytes, name: str) -> tuple[np.ndarray, l
     numbers = pixels[..., 0] if grey else pixels.astype(np.int64) @ (1 << 32, 1 << 16, 1)
     found = np.unique(numbers)
     few = len(found) <= (2 if data.startswith(JPEG) else MOST_VALUES)
-    if grey and (few or found[-1] <= white // 16):
+    numbered = len(found) == found[-1] + 1 <= white                           # 0 … N without a gap
+    if grey and (few or numbered or found[-1] <= white // 16):
         return numbers, []
     if few:
         return np.searchsorted(found, numbers) + (found[0] != 0), []

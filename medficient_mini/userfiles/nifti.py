@@ -69,13 +69,16 @@ def _open(path: Path):
     """
     try:
         import nibabel
+    except ImportError:
+        raise ValueError(f"{path.name}: file: NIfTI files need the package nibabel: pip install nibabel") from None
+    try:
         nibabel.imageglobals.logger.setLevel("CRITICAL")          # our one line instead of its several
         with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)                      # gzip reads all for it, and checks the checksum
         image = nibabel.load(path, keep_file_open=True)
     except Exception as error:                        # nibabel has many, of several modules
-        raise ValueError(f"{path.name}: file: expected a NIfTI volume, and the package nibabel to read it, found: "
-                         f"{first_line(error)}") from None
+        raise ValueError(f"{path.name}: file: expected a NIfTI volume, found it unreadable "
+                         f"({first_line(error)})") from None
     shape = (image.shape + (1,))[:3]
     if len(shape) < 3 or math.prod(image.shape) != math.prod(shape) or min(shape) < 1:
         raise ValueError(f"{path.name}: imgs: expected a 3D volume, none of a series, found shape {image.shape}")

@@ -133,3 +133,10 @@ def test_numbers_are_whole_within_a_thousandth(tmp_path):                       
 def test_a_turned_mask_is_said(tmp_path):                                       # fault 27
     labels, warning = load_label_picture(write_with_exif(tmp_path / "a.png", LABELS, 6))
     assert (labels == np.rot90(LABELS, -1)).all() and "a.png: gts: turned as its EXIF orientation" in warning[0]
+
+
+def test_many_numbered_objects_stay(tmp_path):
+    numbers = np.arange(121, dtype=np.uint8).repeat(4).reshape(22, 22)
+    cv2.imwrite(str(tmp_path / "nuclei.png"), numbers)
+    labels, remarks = load_label_picture(tmp_path / "nuclei.png")
+    assert np.array_equal(labels, numbers) and not remarks

@@ -204,7 +204,7 @@ def test_checksums_are_read(tmp_path):                                          
     _, grid, _ = load_nifti(path)
     packed[-300] ^= 64
     path.write_bytes(packed)
-    fails(load_nifti, path, "file: expected a NIfTI volume", "found: CRC check failed")
+    fails(load_nifti, path, "file: expected a NIfTI volume", "CRC check failed")
     fails(lambda p: load_label_nifti(p, grid), path, "CRC check failed")
     path.write_bytes(packed[:-4])
     fails(load_nifti, path, "file: expected")
@@ -240,7 +240,7 @@ def test_labels_through_a_scale_factor(tmp_path):                               
 def test_without_nibabel_one_line_says_how_to_get_it(tmp_path, monkeypatch):
     path = save(tmp_path / "a.nii", np.zeros((3, 4, 5), np.int16))
     monkeypatch.setitem(__import__("sys").modules, "nibabel", None)
-    fails(load_nifti, path, "expected a NIfTI volume, and the package nibabel")
+    fails(load_nifti, path, "pip install nibabel")
 
 
 def test_a_volume_is_only_ever_held_as_uint8(tmp_path, monkeypatch):
