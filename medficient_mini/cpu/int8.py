@@ -3,7 +3,7 @@
     python -m medficient_mini.cpu.int8 -w weights.pth -i cases -o weights_int8.pth
 
 The file written is a quarter of the float one, serves every precision (it expands to float32) and is what
-`--precision int8` asks for. A few dozen images, dealt evenly over the modalities, are enough.
+`--precision int8` asks for. Four images of each modality are enough.
 
 Inside the MBConv and fused MBConv blocks everything has 8 bits: the block's input is rounded to unsigned codes, each
 convolution (signed 8-bit weights) writes codes, GELU is a table of their 256 values, and the last convolution writes
@@ -15,19 +15,18 @@ multiples are the calibration, saved beside the weights under the block's name i
 the input's range being ± that, and `<block>.<layer>` (2,), the lowest and highest value before each GELU.
 """
 import argparse
-import math
 import sys
-from itertools import zip_longest
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..files import first_line
-from ..inference.checkpoint import atomic_torch_save, load_model, resolve
+from ..inference.checkpoint import atomic_torch_save, load_model
 from ..inference.geometry import to_network
 from ..inference.npz import list_cases, modality_of, read_case
 from ..inference.packing import pack_state, quantize_rows
@@ -46,7 +45,7 @@ Scale = tuple[float, int]            # step and zero of codes: value = (code - z
 
 def gelu(x: np.ndarray) -> np.ndarray:
     """GELU by the tanh formula, as nets/efficientvit.py has it."""
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return F.gelu(torch.from_numpy(x), approximate="tanh").numpy()
 
 
 def scale_of(lowest: float, highest: float) -> Scale:
@@ -150,12 +149,10 @@ def quantized_blocks(encoder: EfficientViTSam) -> dict[str, nn.Module]:
 
 def swap_blocks(encoder: EfficientViTSam, calibration: dict[str, Tensor]) -> None:
     """Put QuantizedBlocks, in place and by name, where `encoder` has the residuals around its quantized blocks."""
-    for name, block in quantized_blocks(encoder).items():
-        parent, _, last = name.removesuffix(".main").rpartition(".")
-        residuals = encoder.get_submodule(parent)
-        ranges = {layer: calibration[f"{name}.{layer}"] for layer in ("input", *dict(block.named_children()))
-                  if f"{name}.{layer}" in calibration}
-        setattr(residuals, last, QuantizedBlock(getattr(residuals, last), ranges))
+    for name in quantized_blocks(encoder):
+        ranges = {key.rpartition(".")[2]: value for key, value in calibration.items() if key.startswith(f"{name}.")}
+        residual = name.removesuffix(".main")
+        encoder.set_submodule(residual, QuantizedBlock(encoder.get_submodule(residual), ranges))
 
 
 # ------------------------------------------------------------------------------------------------------- calibration
@@ -168,21 +165,16 @@ class Observer:
     """
 
     def __init__(self, entry: "Observer | None" = None):
-        self.entry, self.m, self.seen = entry, 1.0, []
-        self.floor = -np.inf if entry is None else LOWEST
+        self.entry, self.floor = entry, LOWEST if entry else -np.inf
+        self.seen = []               # of each image: m, the centres of the bins (BINS,), the values in each (BINS,)
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor]) -> None:
-        """Take the input of `module`: a forward pre-hook."""
-        if self.entry is None:
-            self.m = max(inputs[0].abs().max().item(), 1e-6)
-        self.see(inputs[0], (self.entry or self).m)
-
-    def see(self, x: Tensor, m: float) -> None:
-        """Count a random sample of the values of `x`, any shape, from an image whose block input reaches ± m."""
-        flat = x.detach().reshape(-1).clamp(min=self.floor)
-        counts, edges = np.histogram(flat[torch.randint(len(flat), (SAMPLES,))].numpy(), BINS)
-        centres = ((edges[1:] + edges[:-1]) / 2)[counts > 0]
-        self.seen.append((m, centres, counts[counts > 0]))
+        """Count a random sample of what goes into `module`, a tensor of any shape: a forward pre-hook."""
+        values = inputs[0].reshape(-1)
+        m = self.entry.seen[-1][0] if self.entry else max(values.abs().max().item(), 1e-6)
+        sample = values[torch.randint(len(values), (SAMPLES,))].clamp(min=self.floor)
+        counts, edges = np.histogram(sample.numpy(), BINS)
+        self.seen.append((m, (edges[1:] + edges[:-1]) / 2, counts))
 
     def loss(self, low: float, high: float) -> float:
         """Squared error of codes over low · m … high · m relative to the true values' squares, mean over the images."""
@@ -199,8 +191,8 @@ class Observer:
         """The range of least loss, in multiples of m: (1,) for a block's input (± that), else (2,) lowest, highest."""
         if self.entry is None:
             return torch.tensor([min(FRACTIONS, key=lambda f: self.loss(-f, f))], dtype=torch.float32)
-        lowest = min(values.min() / m for m, values, _ in self.seen)
-        highest = max(max(values.max() / m for m, values, _ in self.seen), 1e-3)
+        lowest = min(values[0] / m for m, values, _ in self.seen)
+        highest = max(1e-3, *(values[-1] / m for m, values, _ in self.seen))
         high = min(FRACTIONS, key=lambda f: self.loss(lowest, f * highest)) * highest
         low = min(FRACTIONS, key=lambda f: self.loss(f * lowest, high)) * lowest    # the two ends hardly interact
         return torch.tensor([low, high], dtype=torch.float32)
@@ -228,23 +220,18 @@ def calibrate(encoder: EfficientViTSam, inputs: list[Tensor]) -> dict[str, Tenso
 # ----------------------------------------------------------------------------------------------------------- command
 
 def choose_cases(folder: str | Path, count: int) -> list[Path]:
-    """`count` cases of a folder, dealt evenly over the modalities and evenly spaced within each."""
+    """Choose up to `count` cases of each modality in a folder, evenly spaced in the order of their names."""
     groups: dict[str, list[Path]] = {}
     for path in list_cases(folder):
         groups.setdefault(modality_of(path.name), []).append(path)
-    share = -(-count // len(groups))
-    spaced = ([group[i] for i in np.linspace(0, len(group) - 1, min(share, len(group))).astype(int)]
-              for group in groups.values())
-    return [path for row in zip_longest(*spaced) for path in row if path is not None][:count]
+    return [group[i] for group in groups.values()
+            for i in np.linspace(0, len(group) - 1, min(count, len(group))).astype(int)]
 
 
 def network_input(path: Path, size: int) -> Tensor:
-    """The image of a case as network input (1, 3, size, size); of a volume, the middle slice of its first box."""
-    case = read_case(path)
-    image = case.image
-    if case.is_3d:
-        image = case.volume[int(case.boxes[0, 2] + case.boxes[0, 5]) // 2 if len(case.boxes) else len(case.volume) // 2]
-    return to_network(image, size)[None]
+    """The image of a case, of a volume its middle slice, as network input (1, 3, size, size)."""
+    case = read_case(path, need_boxes=False)
+    return to_network(case.volume[len(case.volume) // 2] if case.is_3d else case.image, size)[None]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -254,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--decoder-weights", help="checkpoint whose prompt encoder and mask decoder complete an encoder")
     parser.add_argument("-i", "--input", required=True, help="folder of NPZ cases to calibrate on")
     parser.add_argument("-o", "--output", required=True, type=Path, help="file to write")
-    parser.add_argument("--count", type=int, default=44, help="images to calibrate on")
+    parser.add_argument("--count", type=int, default=4, help="cases of each modality to calibrate on")
     arguments = parser.parse_args(argv)
     try:
         model = load_model(arguments.weights, arguments.decoder_weights)
@@ -266,8 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(first_line(error), file=sys.stderr)
         return 1
-    before, after = (path.stat().st_size / 1e6 for path in (resolve(arguments.weights), arguments.output))
-    print(f"{arguments.output}: {after:.1f} MB (from {before:.1f} MB), activation ranges of {len(inputs)} images")
+    print(f"{arguments.output}: activation ranges of {len(inputs)} images")
     return 0
 
 
