@@ -37,8 +37,9 @@ TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-i", "--input", required=True, help="folder of NPZ cases, pictures or NIfTI files, or one")
-    parser.add_argument("-o", "--output", "--out", required=True, type=Path, help="folder for the masks")
+    parser.add_argument("-i", "--input", required=True, type=Path,
+                        help="folder of NPZ cases, pictures or NIfTI files, or one")
+    parser.add_argument("-o", "--output", required=True, type=Path, help="folder for the masks")
     parser.add_argument("--weights", help="checkpoint file, or lite_medsam (default: the package's own weights)")
     parser.add_argument("--decoder-weights", help="checkpoint whose prompt encoder and decoder join a bare encoder")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto",
@@ -60,9 +61,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--z-exclusive", action="store_true",
                         help="z_max of a volume's box is the slice after the last (the MedficientSAM authors' reading)")
     add_prompt_options(parser)
-    arguments = parser.parse_args(argv)
-    arguments.own_files = any([arguments.pick, arguments.box, arguments.boxes, arguments.point, arguments.background])
-    return arguments
+    return parser.parse_args(argv)
 
 
 def share_of(part: str | None) -> tuple[int, int]:
@@ -84,31 +83,46 @@ def list_inputs(arguments) -> tuple[dict, list[str]]:
 
     Nothing in the output folders is a case. ValueError where an output would replace an input or no case is found.
     """
-    source, output = Path(arguments.input), arguments.output.resolve()
-    try:
-        cases, wrong = list_user_files(arguments) if arguments.own_files else (dict.fromkeys(list_cases(source)), [])
-    except ValueError as error:
-        hint = "" if arguments.own_files else " (pictures and volumes need --box, --boxes, --point or --pick)"
-        raise ValueError(f"{error}{hint}") from None
-    if output == (source if source.is_dir() else source.parent).resolve():
+    source, output = arguments.input.resolve(), arguments.output.resolve()
+    if output == (source if source.is_dir() else source.parent):
         raise ValueError(f"{arguments.output}: expected another folder for the masks than that of the cases")
+    if arguments.own_files:
+        found, wrong = list_user_files(arguments)
+    else:
+        try:
+            found, wrong = dict.fromkeys(list_cases(arguments.input)), []
+        except ValueError as error:
+            raise ValueError(f"{error} (pictures and volumes need --box, --boxes, --point or --pick)") from None
     written = {output, (arguments.overlay or output).resolve()}
-    ours = [folder for folder in written if source.resolve() in folder.parents]
-    first = {}
-    for path in list(cases):
-        if any(folder in path.resolve().parents for folder in ours):          # the result of an earlier run
-            del cases[path]
-        elif first.setdefault(stem_of(path), path) != path:
-            wrong.append(f"{path}: name: expected one of its own, found {first[stem_of(path)]} with the same result")
-            del cases[path]
+    below = {folder for folder in written if source in folder.parents}
+    cases, stems = {}, {}
+    for path, boxes in found.items():
+        if below.isdisjoint(path.resolve().parents):                           # else the result of an earlier run
+            first = stems.setdefault(stem_of(path), path)
+            if first == path:
+                cases[path] = boxes
+            else:
+                wrong.append(f"{path}: name: expected one of its own, found {first} with the same result")
     return cases, wrong
 
 
-def read(path: Path, decisive: dict, arguments):
-    """Return the Case of a file, an NPZ case or a user's picture or volume, and what its result is made with."""
+def prepare(path: Path, boxes, decisive: dict, arguments):
+    """Return the Case of a file, why it is to be segmented, and what its result is made with.
+
+    None where it is finished; its stored masks are drawn if a picture is wanted.
+    """
+    origin, result = made_with(path, boxes, decisive), arguments.output / f"{stem_of(path)}.npz"
+    reason = "new" if arguments.overwrite or arguments.pick else what_changed(origin, result)
+    if not reason and not arguments.overlay:
+        return None
     if arguments.own_files:
-        return read_user_case(path, decisive["boxes"], arguments), made_with(path, decisive)
-    return read_case(path, z_exclusive=arguments.z_exclusive), made_with(path, decisive)
+        case = read_user_case(path, boxes, arguments)
+    else:
+        case = read_case(path, z_exclusive=arguments.z_exclusive)
+    if reason:
+        return case, reason, origin
+    show(case, read_labels(result, "segs")[0], arguments)
+    return None
 
 
 def segment(model, case, arguments, bar):
@@ -125,76 +139,58 @@ def segment(model, case, arguments, bar):
 
 
 def run(arguments) -> int:
-    """Read, segment and write every case; return how many failed.
-
-    The next case is read and the one before is written while the network works: at most one waits at either end.
-    """
+    """Segment every case, while the next one is read; return how many failed."""
     cases, wrong = list_inputs(arguments)
     rank, world = share_of(arguments.part)
     paths = list(cases)[rank::world]
-    print(f"part {rank + 1}/{world}: {len(paths)} of {len(cases)} cases")
+    if world > 1 or "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        print(f"part {rank + 1}/{world}: {len(paths)} of {len(cases)} cases")
     arguments.output.mkdir(parents=True, exist_ok=True)
     decisive = what_decides(arguments)
-    jobs = {path: {**decisive, "boxes": cases[path]} for path in paths}
-    again = arguments.overwrite or arguments.pick
-    reasons = {path: "new" if again else what_changed(path, jobs[path], arguments.output) for path in paths}
-    todo = [path for path in paths if reasons[path] or arguments.overlay]
-    if any(reasons.values()):
-        model = load_model(arguments.weights, arguments.decoder_weights, arguments.device, arguments.precision)
-    start, written = time.perf_counter(), []
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        items = [(path, jobs[path], arguments) for path in todo]
-        bar = ProgressBar(ahead(reader, read, items), len(todo), "segmenting")
-        for line in wrong:
-            bar.write(line)
-        for path, reading in bar:
-            try:
-                case, origin = reading.result()
-                for line in case.warnings:
-                    bar.write(line)
-                if not reasons[path]:                            # finished: the stored masks are drawn
-                    show(case, read_labels(arguments.output / f"{stem_of(path)}.npz", "segs")[0], arguments)
-                    continue
-                if reasons[path] != "new":
-                    print(f"{case.name}: done again: {reasons[path]}")
-                if case.intensity:
-                    print(f"{case.name}: intensities: {case.intensity}")
-                began = time.perf_counter()
-                found = segment(model, case, arguments, bar)
-                if not found:
-                    break
-                seconds = time.perf_counter() - began
-                for line in lost_objects(found):
-                    bar.write(f"{case.name}: {line}")
-                written.append((path, writer.submit(write, case, found, arguments, origin, seconds)))
-                for _, job in written[-2:-1]:
-                    job.exception()                              # waits for it: at most one case waits to be written
-            except Exception as error:                           # whatever is wrong with a case, it costs one line
-                wrong.append(about(path, error))
-                bar.write(wrong[-1])
-    unwritten = [about(path, job.exception()) for path, job in written if job.exception()]
-    for line in unwritten:
-        bar.write(line)
-    wrong += unwritten
-    print(f"{len(written) - len(unwritten)} segmented, {list(reasons.values()).count(None)} skipped as finished, "
-          f"{len(wrong)} failed, {time.perf_counter() - start:.1f} s; masks in {arguments.output}")
+    model = load_model(arguments.weights, arguments.decoder_weights, arguments.device, arguments.precision)
+    for line in wrong:
+        print(line, file=sys.stderr)
+    start, done, skipped = time.perf_counter(), 0, 0
+    items = [(path, cases[path], decisive, arguments) for path in paths]
+    bar = ProgressBar(ahead(prepare, items), len(items), "segmenting")
+    for path, reading in bar:
+        try:
+            prepared = reading.result()
+            if prepared is None:
+                skipped += 1
+                continue
+            case, reason, origin = prepared
+            for line in case.warnings:
+                bar.write(line)
+            if reason != "new":
+                print(f"{case.name}: done again: {reason}")
+            if case.intensity:
+                print(f"{case.name}: intensities: {case.intensity}")
+            began = time.perf_counter()
+            found = segment(model, case, arguments, bar)
+            if not found:
+                break
+            for line in write(case, found, arguments, origin, time.perf_counter() - began):
+                bar.write(f"{case.name}: {line}")
+            done += 1
+        except Exception as error:                               # whatever is wrong with a case, it costs one line
+            line = first_line(error)
+            wrong.append(line if path.name in line else f"{path.name}: {line}")
+            bar.write(wrong[-1])
+    print(f"{done} segmented, {skipped} skipped as finished, {len(wrong)} failed, "
+          f"{time.perf_counter() - start:.1f} s; masks in {arguments.output}")
     return len(wrong)
 
 
-def about(path: Path, error) -> str:
-    """Return one line about an error, with the name of the file."""
-    line = first_line(error)
-    return line if path.name in line else f"{path.name}: {line}"
-
-
-def ahead(executor, function, items):
+def ahead(function, items):
     """Give the first part of each item with the future of function(*item), the next one always under way."""
-    before = []
-    for item in items:
-        now = [(item[0], executor.submit(function, *item))]
-        yield from before
-        before = now
-    yield from before
+    waiting = []
+    with ThreadPoolExecutor(1) as executor:
+        for item in items:
+            waiting.append((item[0], executor.submit(function, *item)))
+            if len(waiting) == 2:
+                yield waiting.pop(0)
+        yield from waiting
 
 
 def main(argv=None) -> int:

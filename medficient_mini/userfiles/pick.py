@@ -53,7 +53,7 @@ class Picker:
         self.size = case.shape[-2:]                             # (H, W)
         self.scale = min(max(*self.size, SHORTEST), LONGEST) / max(self.size)
         self.objects: list[Drawn] = []
-        self.pressed = self.dragged = None                      # corners in image pixels while the button is down
+        self.corners = None                                     # [start, end] x y in pixels, while the button is down
         self.embedding = lru_cache(KEPT)(lambda z: encode(model, self.slices[z]))           # (1, 256, 64, 64)
         self.changed, self.done = True, None
 
@@ -61,19 +61,15 @@ class Picker:
         """Follow the mouse: OpenCV's callback, where x, y are pixels of the window."""
         place = np.clip([x / self.scale - 0.5, y / self.scale - 0.5], 0, np.array(self.size[::-1]) - 1).tolist()
         if event == cv2.EVENT_LBUTTONDOWN:
-            self.pressed = place
-        elif not self.pressed:
-            return
-        self.dragged, self.changed = place, True
-        if event == cv2.EVENT_LBUTTONUP:
-            box, self.pressed = self.dragged_box(), None
-            if box[2] - box[0] >= 2 / self.scale and box[3] - box[1] >= 2 / self.scale:     # a click is no box
+            self.corners = [place, place]
+        elif self.corners:
+            self.corners[1], self.changed = place, True
+        if event == cv2.EVENT_LBUTTONUP and self.corners:
+            box, self.corners = box_of(self.corners), None
+            if min(box[2] - box[0], box[3] - box[1]) * self.scale >= 2:                     # a click is no box
                 prompt = boxes_to_network(np.array([box]), *self.size, self.model.image_size)
                 logits = decode_boxes(self.model, self.embedding(self.z), prompt)
                 self.objects.append(Drawn(box, self.z, self.z, self.z, logits))
-
-    def dragged_box(self) -> list[float]:
-        return np.sort([self.pressed, self.dragged], axis=0).ravel().tolist()
 
     def key(self, code: int) -> None:
         """Obey a pressed key; those without a meaning change nothing."""
@@ -95,18 +91,18 @@ class Picker:
     def labels(self) -> np.ndarray:
         """Return the labels (H, W) of what was drawn on the present slice: k + 1 for object k."""
         found = Composition(self.size, len(self.objects))
-        here = {k: drawn for k, drawn in enumerate(self.objects) if drawn.z == self.z}
+        here = [k for k, drawn in enumerate(self.objects) if drawn.z == self.z]
         if here:
-            logits = torch.cat([drawn.logits for drawn in here.values()])
-            boxes = np.array([drawn.box for drawn in here.values()])
-            compose(found, np.array([*here]), logits, boxes, self.model.image_size, self.overlap)
+            logits = torch.cat([self.objects[k].logits for k in here])
+            boxes = np.array([self.objects[k].box for k in here])
+            compose(found, np.array(here), logits, boxes, self.model.image_size, self.overlap)
         return found.labels
 
     def render(self) -> np.ndarray:
         """Return what the window shows: RGB uint8, the picture in its scale and two lines of text below."""
         boxes = [drawn.box if drawn.first <= self.z <= drawn.last else [np.nan] * 4 for drawn in self.objects]
-        if self.pressed:
-            boxes.append(self.dragged_box())
+        if self.corners:
+            boxes.append(box_of(self.corners))
         picture = panel(self.slices[self.z], self.labels(), np.reshape(boxes, (-1, 4)), self.scale, fill=0.35)
         state = f"boxes: {len(self.objects)}"
         if self.case.is_3d:
@@ -120,10 +116,14 @@ class Picker:
 
     def finish(self) -> None:
         """Put the boxes into the case, and the slices they were drawn on."""
-        boxes = [[*drawn.box[:2], drawn.first, *drawn.box[2:], drawn.last] for drawn in self.objects]
-        boxes = np.reshape(boxes, (-1, 6))
-        self.case.boxes = boxes if self.case.is_3d else boxes[:, [0, 1, 3, 4]]
+        boxes = np.array([[*drawn.box, drawn.first, drawn.last] for drawn in self.objects]).reshape(-1, 6)
+        self.case.boxes = boxes[:, [0, 1, 4, 2, 3, 5]] if self.case.is_3d else boxes[:, :4]
         self.case.drawn_slice = np.array([drawn.z for drawn in self.objects], int)
+
+
+def box_of(corners: list[list[float]]) -> list[float]:
+    """Return x0 y0 x1 y1 of the box between two corners x y."""
+    return np.sort(corners, axis=0).ravel().tolist()
 
 
 def require_display() -> None:

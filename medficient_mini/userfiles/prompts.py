@@ -16,9 +16,8 @@ from ..inference.predictor import Predictor
 from .nifti import AXES, load_nifti
 from .pictures import (PICTURES, VOLUMES, WINDOWS, is_nifti, load_picture, parse_window)
 
-FILE_HEADINGS = ("file", "filename", "name", "image")
-BOX_HEADINGS = ("x0 y0 x1 y1", "x1 y1 x2 y2", "xmin ymin xmax ymax", "i0 j0 k0 i1 j1 k1", "x y w h", "x y width height")
-SIZE_HEADINGS = BOX_HEADINGS[-2:]
+# The headings of a table's columns behind the file's name, without "_" and capitals.
+HEADINGS = ("x0 y0 x1 y1", "xmin ymin xmax ymax", "i0 j0 k0 i1 j1 k1", "x y w h", "x y width height")
 
 
 def add_prompt_options(parser) -> None:
@@ -44,6 +43,8 @@ def add_prompt_options(parser) -> None:
 def check_prompts(arguments) -> None:
     """Refuse options that contradict each other, and turn the words of --window into level and width.
 
+    The attribute `own_files` is added: whether pictures and NIfTI files are meant, not NPZ cases.
+
     Raises:
         ValueError: one line that starts with the option.
     """
@@ -51,10 +52,8 @@ def check_prompts(arguments) -> None:
     lengths = [len(box) for box in boxes if len(box) not in (4, 6)]
     refused = [
         (lengths, f"--box: expected 4 numbers, or 6 for a volume, found {lengths}"),
-        (arguments.boxes and boxes, "--boxes: expected no --box beside it, found one"),
-        (arguments.boxes and points, "--boxes: expected no --point or --not beside it, found one"),
-        (points and len(boxes) > 1, "--point, --not: expected at most one --box beside them, as points belong to one "
-                                    f"object, found {len(boxes)}"),
+        (arguments.boxes and (boxes or points), "--boxes: expected no --box, --point or --not beside it, found one"),
+        (points and len(boxes) > 1, f"--point, --not: expected one --box at most beside them, found {len(boxes)}"),
         (points and not arguments.point and not boxes, "--not: expected a --point or a --box beside it, found none"),
         (arguments.pick and (boxes or points or arguments.boxes or arguments.z),
          "--pick: expected no other boxes, points or slices beside it, found some"),
@@ -64,13 +63,14 @@ def check_prompts(arguments) -> None:
         if wrong:
             raise ValueError(line)
     arguments.window = parse_window(arguments.window)
+    arguments.own_files = bool(arguments.pick or boxes or points or arguments.boxes)
 
 
 def read_boxes(path: Path) -> dict[str, list[list[float]]]:
     """Read a CSV file with lines `file, x0, y0, x1, y1` or `file, i0, j0, k0, i1, j1, k1` as boxes by file name.
 
-    The first line may be a heading: one of FILE_HEADINGS, then one of BOX_HEADINGS; under `x y w h` the last two are
-    counts of pixels. File names are given in one Unicode form (NFC), as macOS writes another than most.
+    The first line may be a heading, any word and then one of HEADINGS; under `x y w h` the last two are counts of
+    pixels. File names are given in one Unicode form (NFC), as macOS writes another than most.
 
     Raises:
         ValueError: a line that is neither of these, by its number, or no line at all.
@@ -82,7 +82,7 @@ def read_boxes(path: Path) -> dict[str, list[list[float]]]:
     for number, row in enumerate(csv.reader(lines, delimiter=delimiter), 1):
         name, *cells = [cell.strip() for cell in row] or [""]
         columns = " ".join(cells).lower().replace("_", "")
-        if name.lower() in FILE_HEADINGS and columns in BOX_HEADINGS and not table:
+        if number == 1 and columns in HEADINGS:
             heading = columns
         elif name or columns:
             try:
@@ -90,11 +90,10 @@ def read_boxes(path: Path) -> dict[str, list[list[float]]]:
             except ValueError:
                 box = []
             if not name or len(box) not in ([len(heading.split())] if heading else [4, 6]):
-                wanted = f"a file and {heading}" if heading else "a file and 4 or 6 numbers, or file,x0,y0,x1,y1"
-                raise ValueError(f"{path.name}: line {number}: expected {wanted}, found {delimiter.join(row)}")
-            if heading in SIZE_HEADINGS:
-                x, y, width, height = box
-                box = [x, y, x + width - 1, y + height - 1]
+                raise ValueError(f"{path.name}: line {number}: expected a file and {heading or '4 or 6 numbers'}, "
+                                 f"found {delimiter.join(row)}")
+            if heading.startswith("x y"):
+                box[2:] = box[0] + box[2] - 1, box[1] + box[3] - 1
             table.setdefault(composed(name.replace("\\", "/")), []).append(box)
     if not table:
         raise ValueError(f"{path.name}: file: expected lines of file and box, found none")
@@ -118,23 +117,23 @@ def list_user_files(arguments) -> tuple[dict[Path, list[list[float]]], list[str]
     Raises:
         ValueError: there is no picture or NIfTI file, or the CSV file names none of them.
     """
-    source, files = Path(arguments.input), list_files(arguments.input, PICTURES + VOLUMES)
+    source, files = arguments.input, list_files(arguments.input, PICTURES + VOLUMES)
     if not arguments.boxes:
         return {path: arguments.box for path in files}, []
     table, folder = read_boxes(arguments.boxes), source if source.is_dir() else source.parent
     names = {path: composed(path.relative_to(folder).as_posix()) for path in files}
-    chosen, absent, paths_below = {}, dict(table), set(names.values())
+    chosen, named, there = {}, set(), set(names.values())
     for path, name in names.items():
         bare = composed(path.name)
-        if name not in table and bare not in paths_below:
-            name = bare
-        if name in table:
-            chosen[path] = table[name]
-            absent.pop(name, None)
+        key = name if name in table or bare in there else bare
+        if key in table:
+            chosen[path] = table[key]
+            named.add(key)
     if not chosen:
         raise ValueError(f"{source}: expected the files that {arguments.boxes.name} names, found none of them")
-    lines = [f"{name}: file: expected in {source}, as {arguments.boxes.name} names it, found none" for name in absent]
-    return chosen, lines if source.is_dir() else []
+    lines = [f"{name}: file: expected in {source}, as {arguments.boxes.name} names it, found none"
+             for name in table if name not in named and source.is_dir()]
+    return chosen, lines
 
 
 def read_user_case(path: Path, boxes: list[list[float]], arguments) -> Case:
@@ -147,8 +146,10 @@ def read_user_case(path: Path, boxes: list[list[float]], arguments) -> Case:
         ValueError: one line, "<file name>: <field>: expected …, found …".
     """
     case = Case(path.name, modality_of(path))
-    read = _read_volume if is_nifti(path) else _read_picture
-    read(case, path, boxes, arguments)
+    if is_nifti(path):
+        _read_volume(case, path, boxes, arguments)
+    else:
+        _read_picture(case, path, boxes, arguments)
     return case
 
 
@@ -175,14 +176,13 @@ def _read_volume(case: Case, path: Path, boxes: list[list[float]], arguments) ->
     case.spacing = case.grid.spacing
     if arguments.z is None and any(len(box) == 4 for box in boxes):
         raise ValueError("boxes: expected 6 numbers i0 j0 k0 i1 j1 k1 in a volume, or --z with boxes of 4, found 4")
-    sliced = case.grid.order[0]                                                # file axis that the slices lie along
-    corners = [np.reshape(box, (2, -1)) for box in boxes]                      # (2, 3), or (2, 2) without the slices
-    corners = [pair if pair.shape[1] == 3 else np.insert(pair, sliced, arguments.z, axis=1) for pair in corners]
-    checked, case.warnings = check_boxes(np.reshape(corners, (-1, 6)), case.grid.shape[::-1], path.name)
+    axis = case.grid.order[0]                                                  # of the file, that the slices lie along
+    boxes = [box if len(box) == 6 else np.insert(np.reshape(box, (2, 2)), axis, arguments.z, axis=1).ravel()
+             for box in boxes]
+    checked, case.warnings = check_boxes(boxes, case.grid.shape[::-1], path.name)
     case.boxes = case.grid.boxes_to_slices(checked)
-    case.boxes[:, 2::3] = np.rint(case.boxes[:, 2::3])                         # slices are whole
     if arguments.slice is not None:
-        drawn = case.grid.shape[sliced] - 1 - arguments.slice if case.grid.flip[0] else arguments.slice
+        drawn = case.grid.shape[axis] - 1 - arguments.slice if case.grid.flip[0] else arguments.slice
         case.drawn_slice = np.full(len(case.boxes), drawn)
 
 

@@ -31,32 +31,30 @@ def digest(path) -> str:
 
 
 def what_decides(arguments) -> dict:
-    """Return what decides the results of a run, by name: options, and the content of the files of weights."""
-    files = dict.fromkeys((arguments.weights, arguments.decoder_weights or arguments.weights))
-    weights = [digest(resolve(file)) for file in files]
-    return {"weights": weights, **{name: getattr(arguments, name) for name in DECISIVE}}
+    """Return what decides all results of a run, by name: options, and the content of the files of weights."""
+    weights, decoder = arguments.weights, arguments.decoder_weights
+    return {"weights": [digest(resolve(weights)), decoder and digest(resolve(decoder))],
+            **{name: getattr(arguments, name) for name in DECISIVE}}
 
 
-def made_with(path: Path, decisive: dict) -> str:
-    """Describe what decides the result of an input file: its content and the fields of `decisive`, as JSON."""
-    return json.dumps({"input": digest(path), **decisive})
+def made_with(path: Path, boxes, decisive: dict) -> str:
+    """Describe what decides the result of one input file: its content, boxes given beside it, and `decisive`; JSON."""
+    return json.dumps({"input": digest(path), **decisive, "boxes": boxes})
 
 
-def what_changed(path: Path, decisive: dict, folder: Path) -> str | None:
-    """Compare what made the result of an input file, its field `made_with`, with what would make it now.
+def what_changed(origin: str, result: Path) -> str:
+    """Compare what would make a result now, as `made_with` says it, with what made it, the field of that name.
 
     Returns:
-        "new" where there is no result, else what differs, in words; None where nothing does.
+        "new" where there is no result, else what differs, in words: none where nothing does.
     """
-    result = folder / f"{stem_of(path)}.npz"
     if not result.exists():
         return "new"
     try:
         with np.load(result, allow_pickle=False) as file:
             before = json.loads(str(file["made_with"]))
-        now = json.loads(made_with(path, decisive))
-        return ", ".join(f"other {name}" for name in now if now[name] != before.get(name)) or None
-    except Exception:                                    # whatever is wrong with either file: it is made again
+        return ", ".join(f"other {name}" for name, value in json.loads(origin).items() if value != before.get(name))
+    except Exception:                                    # whatever is wrong with the file: it is made again
         return "the result does not say what made it"
 
 
@@ -73,36 +71,35 @@ def show(case: Case, labels: np.ndarray, arguments) -> None:
         scale = picture.shape[0] / case.shape[0]
         for point, label in zip(case.points, case.point_labels):
             centre = ((point + 0.5) * scale).astype(int).tolist()
-            for radius, colour in (5, (255, 255, 255)), (4, POINT_COLOURS[label]):
-                cv2.circle(picture, centre, radius, colour, -1, cv2.LINE_AA)
+            cv2.circle(picture, centre, 4, POINT_COLOURS[label], -1, cv2.LINE_AA)
     name = stem_of(case.name) + "_overlay" * arguments.own_files
     save_png((arguments.overlay or arguments.output) / f"{name}.png", picture)
 
 
-def write(case: Case, found: Composition, arguments, origin: str, seconds: float) -> None:
+def write(case: Case, found: Composition, arguments, origin: str, seconds: float) -> list[str]:
     """Write the picture and the masks of a case, and its row of efficiency.csv.
 
     Of a user's own file the labels become STEM_mask.png, or STEM_mask.nii.gz on the file's own grid, and STEM.npz
     holds its `boxes`, `points`, `intensity` and `spacing` as they lie on the slices beside `segs`. With --separate,
     where objects overlap, the NPZ also holds each object's own mask: `masks` bool (N, H, W) of an image, `bits` of a
     volume (see `Composition`). The NPZ comes after the pictures: where it is, the case is finished.
+
+    Returns:
+        a line for each object that was lost.
     """
     show(case, found.labels, arguments)
     target, fields = arguments.output / stem_of(case.name), {"made_with": origin}
     if case.grid is not None:
-        save_label_nifti(target.with_name(f"{target.name}_mask.nii.gz"), found.labels, case.grid)
+        save_label_nifti(f"{target}_mask.nii.gz", found.labels, case.grid)
     elif arguments.own_files:
-        save_label_picture(target.with_name(f"{target.name}_mask.png"), found.labels)
+        save_label_picture(f"{target}_mask.png", found.labels)
     if arguments.own_files:
         fields |= {name: getattr(case, name) for name in FIELDS if getattr(case, name) is not None}
     if arguments.separate and found.mask_sizes.sum() > found.kept_sizes().sum():
         fields |= {"bits": found.bits} if case.is_3d else {"masks": found.masks()}
-    write_segs(target.with_name(f"{target.name}.npz"), found.labels, **fields)
-    add_row(arguments.output / "efficiency.csv", case.name, f"{seconds:.3f}", "; ".join(lost_objects(found)))
-
-
-def add_row(path: Path, *row: str) -> None:
-    """Append a row to a table of seconds and lost objects, in one write, as several jobs share the file."""
-    heading = [] if path.exists() else [("case", "seconds", "lost")]          # twice at worst: readers skip it anywhere
-    with open(path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file).writerows([*heading, row])
+    write_segs(f"{target}.npz", found.labels, **fields)
+    lost, table = lost_objects(found), arguments.output / "efficiency.csv"
+    heading = [] if table.exists() else [("case", "seconds", "lost")]          # twice at worst: readers skip it anywhere
+    with open(table, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file).writerows([*heading, (case.name, f"{seconds:.3f}", "; ".join(lost))])
+    return lost

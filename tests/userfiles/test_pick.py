@@ -57,7 +57,7 @@ def test_a_click_is_no_box_and_undo_takes_the_last():
     picker = picker_of(image_case())
     drag(picker, 50, 50, 50, 50)
     picker.mouse(cv2.EVENT_MOUSEMOVE, 10, 10, 0, None)
-    assert not picker.objects and picker.pressed is None
+    assert not picker.objects and picker.corners is None
     drag(picker, 55, 35, 125, 85)
     drag(picker, 10, 10, 50, 50)
     press(picker, "u")

@@ -1,6 +1,7 @@
 """Boxes and points from the command line and from CSV files, on users' own files."""
 import argparse
 import unicodedata
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -21,7 +22,7 @@ def parse(words, source="."):
     parser = argparse.ArgumentParser()
     add_prompt_options(parser)
     arguments = parser.parse_args(words.split())
-    arguments.input = source
+    arguments.input = Path(source)
     check_prompts(arguments)
     return arguments
 
