@@ -45,9 +45,10 @@ start = time.perf_counter()
 code = subprocess.call(sys.argv[1:])
 print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 sys.exit(code)"""
-LARGE = """import sys
+LARGE = """import os, sys
 from medficient_mini.cpu.benchmark import draw_case, load_model, segment_image
-segment_image(load_model(sys.argv[1], precision=sys.argv[2] or None), *draw_case("large"))"""
+segment_image(load_model(sys.argv[1], precision=sys.argv[2] or None), *draw_case("large"))
+os._exit(0)"""
 
 
 def draw_case(name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -148,7 +149,7 @@ def compare_forms(weights: Path, folder: str) -> None:
     for case in ("2D", "3D"):
         cold = [run_cold(folder, case, "--weights", str(weights), "--precision", form) for form in list(forms)[1:]]
         print_row(f"{case} case, cold", "–", *("{:.2f} s, {:.0f} MB".format(*found) for found in cold))
-    base = run_alone("-c", "import os, torch; os._exit(0)")[1]                # torch's way out imports 130 MB more
+    base = run_alone("-c", "import os, torch; os._exit(0)")[1]                # its end touches 130 MB of libraries
     peaks = [run_alone("-c", LARGE, str(weights), form.replace("plain", ""))[1] for form in forms]
     print_row("4000×4000 pixels, 200 boxes, above import torch", *(f"{peak - base:.0f} MB" for peak in peaks))
 

@@ -18,41 +18,34 @@ from ..nets.mask_decoder import HEADS, Attention
 from ..nets.sam import Sam
 
 
-class TokenImageAttention:
-    """The two directions of cross attention between T tokens and an image, projections folded to the tokens' side.
+def by_head(weight: Tensor) -> Tensor:                                        # (8·d, 256)
+    return weight.unflatten(0, (HEADS, -1))                                   # (8, d, 256)
 
-    `inner` channels are what the attention projects to, d = inner / 8 those of a head.
+
+def read_image(a: Attention, q: Tensor, keys: Tensor, image: Tensor) -> Tensor:
+    """What tokens q (N, T, 256) read from image (N or 1, 4096, 256), keys = image + positions: (N, T, 256).
+
+    The attention projects to 8 heads of d channels.
     """
+    T, q = q.shape[1], a.split(a.q_proj(q))                                   # (N, 8, T, d)
+    q = (q * q.shape[-1] ** -0.5) @ by_head(a.k_proj.weight)                  # (N, 8, T, 256); the keys' bias cancels
+    weights = product(q.flatten(1, 2).to(keys.dtype), keys.transpose(1, 2)).softmax(-1)       # (N, 8T, 4096)
+    read = product(weights, image).float().unflatten(1, (HEADS, T))           # (N, 8, T, 256)
+    read = read @ by_head(a.v_proj.weight).transpose(1, 2)                    # (N, 8, T, d)
+    return a.out_proj(read.transpose(1, 2).flatten(2) + a.v_proj.bias)        # (N, T, 256)
 
-    def __init__(self, attention: Attention):
-        self.attention = attention
-        self.scale = (attention.q_proj.out_features // HEADS) ** -0.5
 
-    @staticmethod
-    def by_head(weight: Tensor) -> Tensor:                                    # (inner, 256)
-        return weight.unflatten(0, (HEADS, -1))                               # (8, d, 256)
-
-    def to_image(self, q: Tensor, keys: Tensor, image: Tensor) -> Tensor:
-        """What tokens q (N, T, 256) read from image (N or 1, 4096, 256), keys = image + positions: (N, T, 256)."""
-        a, T = self.attention, q.shape[1]
-        q = a.split(a.q_proj(q)) * self.scale                                 # (N, 8, T, d)
-        q = (q @ self.by_head(a.k_proj.weight)).flatten(1, 2)                 # (N, 8T, 256); the keys' bias cancels
-        weights = product(q.to(keys.dtype), keys.transpose(1, 2)).softmax(-1)             # (N, 8T, 4096)
-        read = product(weights, image).float().unflatten(1, (HEADS, T))       # (N, 8, T, 256)
-        read = read @ self.by_head(a.v_proj.weight).transpose(1, 2)           # (N, 8, T, d)
-        return a.out_proj(read.transpose(1, 2).flatten(2) + a.v_proj.bias)    # (N, T, 256)
-
-    def to_tokens(self, image: Tensor, queries: Tensor, keys: Tensor, tokens: Tensor) -> Tensor:
-        """The image plus what its pixels, queries = image + positions, read from the tokens: (N, 4096, 256)."""
-        a, T = self.attention, tokens.shape[1]
-        k = a.split(a.k_proj(keys)) * self.scale                              # (N, 8, T, d)
-        bias = k @ a.q_proj.bias.unflatten(0, (HEADS, -1, 1))                 # (N, 8, T, 1)
-        k = (k @ self.by_head(a.q_proj.weight)).flatten(1, 2)                 # (N, 8T, 256)
-        scores = product(k.to(image.dtype), queries.transpose(1, 2)).unflatten(1, (HEADS, T))      # (N, 8, T, 4096)
-        weights = (scores + bias.to(image.dtype)).softmax(2).flatten(1, 2)    # (N, 8T, 4096), over the tokens of a head
-        v = a.split(a.v_proj(tokens)) @ self.by_head(a.out_proj.weight.T)     # (N, 8, T, 256)
-        v = (v + a.out_proj.bias / HEADS).flatten(1, 2)                       # weights of a head sum to one
-        return torch.baddbmm(image.expand(len(v), -1, -1), weights.transpose(1, 2), v.to(image.dtype))
+def read_tokens(a: Attention, image: Tensor, queries: Tensor, keys: Tensor, tokens: Tensor) -> Tensor:
+    """The image plus what its pixels, queries = image + positions, read from the T tokens: (N, 4096, 256)."""
+    k = a.split(a.k_proj(keys))                                               # (N, 8, T, d)
+    k = k * k.shape[-1] ** -0.5
+    bias = k @ a.q_proj.bias.unflatten(0, (HEADS, -1, 1))                     # (N, 8, T, 1)
+    k = (k @ by_head(a.q_proj.weight)).flatten(1, 2).to(image.dtype)          # (N, 8T, 256)
+    scores = product(k, queries.transpose(1, 2)).unflatten(1, (HEADS, -1))    # (N, 8, T, 4096)
+    weights = (scores + bias.to(image.dtype)).softmax(2).flatten(1, 2)        # (N, 8T, 4096), over the tokens of a head
+    v = a.split(a.v_proj(tokens)) @ by_head(a.out_proj.weight.T)              # (N, 8, T, 256)
+    v = (v + a.out_proj.bias / HEADS).flatten(1, 2)                           # weights of a head sum to one
+    return torch.baddbmm(image.expand(len(v), -1, -1), weights.transpose(1, 2), v.to(image.dtype))
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -68,11 +61,7 @@ class FastDecoder:
 
     def __init__(self, model: Sam, dtype: torch.dtype):
         self.prompt_encoder, self.decoder, self.dtype = model.prompt_encoder, model.mask_decoder, dtype
-        transformer = self.decoder.transformer
         self.positions = model.prompt_encoder.dense_pe().flatten(2).transpose(1, 2).to(dtype)      # (1, 4096, 256)
-        self.cross = [(TokenImageAttention(layer.cross_attn_token_to_image),
-                       TokenImageAttention(layer.cross_attn_image_to_token)) for layer in transformer.layers]
-        self.final = TokenImageAttention(transformer.final_attn_token_to_image)
         first, self.norm, _, second, _ = self.decoder.output_upscaling
         self.up = [self.as_matrix(first), self.as_matrix(second)]
 
@@ -85,8 +74,6 @@ class FastDecoder:
         sparse, dense = self.prompt_encoder(points, boxes, masks)             # (N, T, 256), (N or 1, 256, 64, 64)
         if image_index is not None:
             embedding = embedding[image_index]
-        if masks is None:
-            dense = self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
         image = (embedding + dense).flatten(2).transpose(1, 2).contiguous().to(self.dtype)   # (N or 1, 4096, 256)
         tokens, image = self.transform(self.decoder.with_output_tokens(sparse), image)
         kernels, iou = self.decoder.heads(tokens, multimask)                  # (N, M, 32), (N, M)
@@ -98,14 +85,16 @@ class FastDecoder:
     def transform(self, tokens: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """SAM's two-way transformer: tokens (N, T, 256) and image (N or 1, 4096, 256), each informed by the other."""
         transformer, token_pe = self.decoder.transformer, tokens
-        for layer, (to_image, to_tokens) in zip(transformer.layers, self.cross):
+        for layer in transformer.layers:
             tokens = layer.attend_self(tokens, token_pe)
             placed = image + self.positions                                   # (N or 1, 4096, 256)
-            tokens = layer.norm2(tokens + to_image.to_image(tokens + token_pe, placed, image))
+            read = read_image(layer.cross_attn_token_to_image, tokens + token_pe, placed, image)
+            tokens = layer.norm2(tokens + read)
             tokens = layer.norm3(tokens + layer.mlp(tokens))
-            image = to_tokens.to_tokens(image, placed, tokens + token_pe, tokens)
+            image = read_tokens(layer.cross_attn_image_to_token, image, placed, tokens + token_pe, tokens)
             image = self.layer_norm(image, layer.norm4)                       # (N, 4096, 256)
-        read = self.final.to_image(tokens + token_pe, image + self.positions, image)
+        final = transformer.final_attn_token_to_image
+        read = read_image(final, tokens + token_pe, image + self.positions, image)
         return transformer.norm_final_attn(tokens + read), image
 
     def layer_norm(self, x: Tensor, layer: nn.Module) -> Tensor:
