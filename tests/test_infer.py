@@ -178,7 +178,7 @@ def test_no_result_waits_to_be_written(cases, tmp_path, run, monkeypatch):
     """Fault 18: where writing is slow, all results waited in memory."""
     events, right = [], infer.segment_image
     monkeypatch.setattr(infer, "segment_image", lambda *a, **o: events.append("segmented") or right(*a, **o))
-    monkeypatch.setattr(infer, "write", lambda *_: events.append("written") or [])
+    monkeypatch.setattr(infer, "write", lambda *_: time.sleep(0.02) or events.append("written") or [])
     run("-i", cases, "-o", tmp_path / "out")
     assert events == ["segmented", "written"] * 2 + ["written"]                             # the last is a volume
 

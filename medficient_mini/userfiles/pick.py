@@ -24,7 +24,6 @@ from ..show.draw import panel, write
 LONGEST, SHORTEST = 900, 512         # the longest side of a picture on the screen
 STRIP = 44                           # height of the two lines under the picture
 KEPT = 64                            # embeddings of slices, 4 MB each
-ESCAPE = "\x1b"
 HELP = "drag: box   u undo   s save   q quit"
 HELP_3D = "   n p next, previous slice   f l box's first, last slice"
 
@@ -32,7 +31,7 @@ HELP_3D = "   n p next, previous slice   f l box's first, last slice"
 @dataclass
 class Drawn:
     """One object: its box x0 y0 x1 y1 in pixels, drawn on slice `z`, for the slices `first` to `last`; its logits."""
-    box: list[float]
+    box: np.ndarray                  # (4,)
     z: int
     first: int
     last: int
@@ -51,23 +50,25 @@ class Picker:
         self.slices = case.volume if case.is_3d else case.image[None]                       # (D, H, W[, 3])
         self.z = len(self.slices) // 2
         self.size = case.shape[-2:]                             # (H, W)
-        self.scale = min(max(*self.size, SHORTEST), LONGEST) / max(self.size)
+        self.scale = np.clip(max(self.size), SHORTEST, LONGEST) / max(self.size)
         self.objects: list[Drawn] = []
-        self.corners = None                                     # [start, end] x y in pixels, while the button is down
+        self.start, self.dragged = None, []                     # x y and the box, in pixels, while the button is down
         self.embedding = lru_cache(KEPT)(lambda z: encode(model, self.slices[z]))           # (1, 256, 64, 64)
         self.changed, self.done = True, None
 
     def mouse(self, event: int, x: int, y: int, *_) -> None:
         """Follow the mouse: OpenCV's callback, where x, y are pixels of the window."""
-        place = np.clip([x / self.scale - 0.5, y / self.scale - 0.5], 0, np.array(self.size[::-1]) - 1).tolist()
+        place = np.clip(np.array([x, y]) / self.scale - 0.5, 0, np.array(self.size[::-1]) - 1)
         if event == cv2.EVENT_LBUTTONDOWN:
-            self.corners = [place, place]
-        elif self.corners:
-            self.corners[1], self.changed = place, True
-        if event == cv2.EVENT_LBUTTONUP and self.corners:
-            box, self.corners = box_of(self.corners), None
-            if min(box[2] - box[0], box[3] - box[1]) * self.scale >= 2:                     # a click is no box
-                prompt = boxes_to_network(np.array([box]), *self.size, self.model.image_size)
+            self.start = place
+        if self.start is None:
+            return
+        box = np.sort([self.start, place], axis=0).ravel()
+        self.dragged, self.changed = [box], True
+        if event == cv2.EVENT_LBUTTONUP:
+            self.start, self.dragged = None, []
+            if (box[2:] - box[:2]).min() * self.scale >= 2:                                 # a click is no box
+                prompt = boxes_to_network(box[None], *self.size, self.model.image_size)
                 logits = decode_boxes(self.model, self.embedding(self.z), prompt)
                 self.objects.append(Drawn(box, self.z, self.z, self.z, logits))
 
@@ -76,7 +77,7 @@ class Picker:
         if code < 0:
             return
         letter = chr(code & 0xFF)                                 # small letters: the arrow keys come as Q, R, S, T
-        self.done = {"s": "save", "q": "quit", ESCAPE: "quit"}.get(letter)
+        self.done = {"s": "save", "q": "quit", "\x1b": "quit"}.get(letter)                  # the last is Esc
         self.z = min(max(self.z + {"n": 1, "p": -1}.get(letter, 0), 0), len(self.slices) - 1)
         if self.objects:
             newest = self.objects[-1]
@@ -101,17 +102,16 @@ class Picker:
     def render(self) -> np.ndarray:
         """Return what the window shows: RGB uint8, the picture in its scale and two lines of text below."""
         boxes = [drawn.box if drawn.first <= self.z <= drawn.last else [np.nan] * 4 for drawn in self.objects]
-        if self.corners:
-            boxes.append(box_of(self.corners))
-        picture = panel(self.slices[self.z], self.labels(), np.reshape(boxes, (-1, 4)), self.scale, fill=0.35)
+        boxes = np.reshape(boxes + self.dragged, (-1, 4))
+        picture = panel(self.slices[self.z], self.labels(), boxes, self.scale, fill=0.35)
         state = f"boxes: {len(self.objects)}"
         if self.case.is_3d:
             state += f"   slice {self.z} of 0-{len(self.slices) - 1}"
             state += "".join(f"   newest box: {drawn.first}-{drawn.last}" for drawn in self.objects[-1:])
         canvas = np.zeros((len(picture) + STRIP, max(picture.shape[1], SHORTEST), 3), np.uint8)
         canvas[:len(picture), :picture.shape[1]] = picture
-        write(canvas, state, 6, len(picture) + 17, 0.4, outline=None)
-        write(canvas, HELP + HELP_3D * self.case.is_3d, 6, len(picture) + 36, 0.38, outline=None)
+        write(canvas, state, 6, len(picture) + 17, 0.4)
+        write(canvas, HELP + HELP_3D * self.case.is_3d, 6, len(picture) + 36, 0.4)
         return canvas
 
     def finish(self) -> None:
@@ -119,11 +119,6 @@ class Picker:
         boxes = np.array([[*drawn.box, drawn.first, drawn.last] for drawn in self.objects]).reshape(-1, 6)
         self.case.boxes = boxes[:, [0, 1, 4, 2, 3, 5]] if self.case.is_3d else boxes[:, :4]
         self.case.drawn_slice = np.array([drawn.z for drawn in self.objects], int)
-
-
-def box_of(corners: list[list[float]]) -> list[float]:
-    """Return x0 y0 x1 y1 of the box between two corners x y."""
-    return np.sort(corners, axis=0).ravel().tolist()
 
 
 def require_display() -> None:

@@ -17,7 +17,8 @@ from .nifti import AXES, load_nifti
 from .pictures import (PICTURES, VOLUMES, WINDOWS, is_nifti, load_picture, parse_window)
 
 # The headings of a table's columns behind the file's name, without "_" and capitals.
-HEADINGS = ("x0 y0 x1 y1", "xmin ymin xmax ymax", "i0 j0 k0 i1 j1 k1", "x y w h", "x y width height")
+HEADINGS = ("x0 y0 x1 y1", "x1 y1 x2 y2", "xmin ymin xmax ymax", "i0 j0 k0 i1 j1 k1", "x y w h",
+            "x y width height")
 
 
 def add_prompt_options(parser) -> None:
@@ -84,7 +85,7 @@ def read_boxes(path: Path) -> dict[str, list[list[float]]]:
         columns = " ".join(cells).lower().replace("_", "")
         if number == 1 and columns in HEADINGS:
             heading = columns
-        elif name or columns:
+        elif any([name, *cells]):
             try:
                 box = [float(cell) for cell in cells]
             except ValueError:

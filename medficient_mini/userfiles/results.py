@@ -89,12 +89,12 @@ def write(case: Case, found: Composition, arguments, origin: str, seconds: float
     """
     show(case, found.labels, arguments)
     target, fields = arguments.output / stem_of(case.name), {"made_with": origin}
-    if case.grid is not None:
-        save_label_nifti(f"{target}_mask.nii.gz", found.labels, case.grid)
-    elif arguments.own_files:
-        save_label_picture(f"{target}_mask.png", found.labels)
     if arguments.own_files:
         fields |= {name: getattr(case, name) for name in FIELDS if getattr(case, name) is not None}
+        if case.is_3d:
+            save_label_nifti(f"{target}_mask.nii.gz", found.labels, case.grid)
+        else:
+            save_label_picture(f"{target}_mask.png", found.labels)
     if arguments.separate and found.mask_sizes.sum() > found.kept_sizes().sum():
         fields |= {"bits": found.bits} if case.is_3d else {"masks": found.masks()}
     write_segs(f"{target}.npz", found.labels, **fields)

@@ -65,7 +65,7 @@ def test_bad_options_are_one_line(words, line):
 
 @pytest.mark.parametrize("text", [
     "file,x0,y0,x1,y1\na.png,1,2,3,4\nb.png, 5,6,7,8.5\na.png,9,9,10,10\n",
-    "\ufeffName;X_min;y_min;x_max;y_max\r\na.png;1;2;3;4\r\nb.png;5;6;7;8.5\r\n\r\na.png;9;9;10;10",
+    "\ufeffName;X_min;y_min;x_max;y_max\r\na.png;1;2;3;4\r\nb.png;5;6;7;8.5\r\n\r\n;;;;\r\na.png;9;9;10;10",
     "a.png,1,2,3,4\nb.png,5,6,7,8.5\na.png,9,9,10,10",
     "image,x,y,w,h\na.png,1,2,3,3\nb.png,5,6,3,3.5\na.png,9,9,2,2\n"])              # fault 36: w and h count pixels
 def test_tables(tmp_path, text):
