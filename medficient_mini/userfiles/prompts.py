@@ -14,7 +14,7 @@ from ..inference.compose import Composition
 from ..inference.npz import Case, modality_of
 from ..inference.predictor import Predictor
 from .nifti import AXES, load_nifti
-from .pictures import (PICTURES, VOLUMES, WINDOWS, is_nifti, load_picture, parse_window)
+from .pictures import PICTURES, VOLUMES, WINDOWS, is_nifti, load_picture, parse_window
 
 # The headings of a table's columns behind the file's name, without "_" and capitals.
 HEADINGS = ("x0 y0 x1 y1", "x1 y1 x2 y2", "xmin ymin xmax ymax", "i0 j0 k0 i1 j1 k1", "x y w h",
