@@ -99,7 +99,7 @@ def write(case: Case, found: Composition, arguments, origin: str, seconds: float
         fields |= {"bits": found.bits} if case.is_3d else {"masks": found.masks()}
     write_segs(f"{target}.npz", found.labels, **fields)
     lost, table = lost_objects(found), arguments.output / "efficiency.csv"
-    heading = [] if table.exists() else [("case", "seconds", "lost")]          # twice at worst: readers skip it anywhere
+    heading = [] if table.exists() else [("case", "seconds", "lost")]    # twice at worst: readers skip it
     with open(table, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([*heading, (case.name, f"{seconds:.3f}", "; ".join(lost))])
     return lost
