@@ -17,18 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from medficient_mini.files import whole_file
-from medficient_mini.inference.checkpoint import load_state, load_strictly, resolve
+from medficient_mini.inference.checkpoint import load_state, load_strictly, read_torch, resolve
 from medficient_mini.inference.geometry import to_network
 from medficient_mini.nets.sam import build_sam
 from medficient_mini.show.progress import ProgressBar
+from medficient_mini.training.augment import Objects
 from medficient_mini.training.losses import dice_loss, dsc, embedding_mse
-from medficient_mini.training.options import (VALIDATION, check_size, common_parser, draw_slices, drawing,
-                                              make_sampler, modality_means, one_batch, run_script, slices_of,
-                                              split_data, validation_batches, validation_slices)
-from medficient_mini.training.samples import SliceDataset, embedding_path, save_embedding
-from medficient_mini.training.trainer import Trainer, read_last, say
+from medficient_mini.training.options import (VALIDATION, common_parser, draw_slices, modality_means, network_input,
+                                              read_data, run_script, single_batches, slices_of, train_task)
+from medficient_mini.training.samples import FLIPS, SliceDataset, embedding_path, save_embedding, writing
 
+LOGITS_SIZE = 256         # side of the mask decoder's output
 STATISTICS_SLICES = 128   # training slices from which the teacher's mean and variance are taken
 
 
@@ -78,10 +77,7 @@ def build_student(arguments):
     """A student with random weights or those of --init, and the decoder of --decoder-weights, which stays as it is."""
     student = build_sam(f"medficientsam_{arguments.student}").eval()
     if arguments.init:
-        path = resolve(arguments.init)
-        if load_state(path)[0] != student.name:
-            raise ValueError(f"{path}: --init: expected {student.name}, found {load_state(path)[0]}")
-        load_parts(student, path, "image_encoder")
+        load_parts(student, resolve(arguments.init), "image_encoder")
     if arguments.decoder_weights:
         load_parts(student, resolve(arguments.decoder_weights), "prompt_encoder", "mask_decoder")
     student.prompt_encoder.requires_grad_(False)
@@ -93,21 +89,15 @@ def claim_folder(folder, teacher_file):
     """One folder, one teacher: ValueError if the embeddings in `folder` come from another file."""
     mark, digest = Path(folder) / "teacher.json", hashlib.sha256(Path(teacher_file).read_bytes()).hexdigest()
     if not mark.exists():
-        with whole_file(mark) as temporary:
+        with writing(mark) as temporary:
             temporary.write_text(json.dumps({"file": str(teacher_file), "sha256": digest}))
-    try:
-        held = json.loads(mark.read_text())
-    except ValueError:
-        raise ValueError(f"{mark}: expected the teacher's name and hash, found a damaged file; delete the folder") \
-            from None
-    if held["sha256"] != digest:
-        raise ValueError(f"{folder}: expected embeddings of {teacher_file}, found those of {held['file']}; one folder "
-                         "per teacher")
+    if digest not in mark.read_text():
+        raise ValueError(f"{mark}: expected sha256 {digest} of {teacher_file}, found another; one folder per teacher")
 
 
 def read_images(cases, cache, teacher_input, wanted):
     """The teacher's inputs, (N, 3, size, size), for a list of (case index, z, (horizontal, vertical flip))."""
-    images = [cache.image(cases[index], z)[::-1 if vertical else 1, ::-1 if horizontal else 1]
+    images = [cache.image_and_labels(cases[index], z)[0][::-1 if vertical else 1, ::-1 if horizontal else 1]
               for index, z, (horizontal, vertical) in wanted]
     return wanted, torch.stack([to_network(np.ascontiguousarray(image), *teacher_input) for image in images])
 
@@ -140,35 +130,36 @@ def statistics_of(embeddings):
 
 # ------------------------------------------------------------------------------------------------------------- task
 
+@torch.no_grad()
+def target(teacher, batch):
+    """The teacher's embeddings, (B, 256, 64, 64), which the batch brings where there is no teacher."""
+    return batch["embedding"] if teacher is None else teacher.image_encoder(batch["teacher_image"])
+
+
 class Distillation(nn.Module):
     """What stage 1 trains and how: the task of a Trainer (see trainer.py).
 
     Args:
         teacher: the network whose embeddings are the targets, None where the batches bring them.
-        validation: its data set, with the `cases` and `slices` that it is made of.
+        validation: the SliceDataset for validation; with `objects` if the student's decoder is a trained one.
+        statistics: what `statistics_of` found. With masks the embedding error is in units of the teacher's variance.
     """
     frozen = ()
 
-    def __init__(self, arguments, world, student, teacher, validation, cases, slices):
+    def __init__(self, arguments, world, student, teacher, validation, statistics):
         super().__init__()
         self.student, self.teacher, self.world, self.network = student, teacher, world, student.name
         self.model = nn.ModuleDict({"image_encoder": student.image_encoder})
-        self.validation, self.cases, self.slices = validation, cases, slices
+        self.validation, self.extra, self.variance = validation, statistics, float(statistics["teacher_variance"].mean())
         self.weights = {"embedding": arguments.embedding_loss}
         if arguments.mask_loss:
-            self.weights["mask"] = arguments.mask_loss
-        self.has_decoder = bool(arguments.decoder_weights)
-        self.criterion = ("dsc", "max") if self.has_decoder else ("val_error", "min")
+            self.weights = {"embedding": arguments.embedding_loss / self.variance, "mask": arguments.mask_loss}
+        self.criterion = ("dsc", "max") if validation.objects else ("val_error", "min")
 
     def count(self, batch):
         """The items of the two terms: images with a target, valid boxes."""
         known = int(batch["has_embedding"].sum()) if self.teacher is None else len(batch["image"])
         return {"embedding": known, "mask": int(batch["box_valid"].sum()) if "mask" in self.weights else 0}
-
-    @torch.no_grad()
-    def target(self, batch):
-        """The teacher's embeddings, (B, 256, 64, 64)."""
-        return batch["embedding"] if self.teacher is None else self.teacher.image_encoder(batch["teacher_image"])
 
     def decode(self, embedding, batch):
         """Logits (N, 1, 256, 256) and masks (N, 256, 256) of the N valid boxes of a batch."""
@@ -179,13 +170,13 @@ class Distillation(nn.Module):
     def loss(self, batch):
         """The terms of the loss, each averaged over its items."""
         embedding = self.model.image_encoder(batch["image"])                   # (B, 256, 64, 64)
-        means = {"embedding": embedding_mse(embedding, self.target(batch), batch.get("has_embedding"))}
+        means = {"embedding": embedding_mse(embedding, target(self.teacher, batch), batch.get("has_embedding"))}
         if "mask" in self.weights:
             means["mask"] = embedding.new_zeros(())
             if batch["box_valid"].any():
                 logits, masks = self.decode(embedding, batch)
-                pixels = F.binary_cross_entropy_with_logits(logits[:, 0].float(), masks.float(), reduction="none")
-                means["mask"] = dice_loss(logits, masks) + 4 * pixels.mean()
+                cross_entropy = F.binary_cross_entropy_with_logits(logits[:, 0].float(), masks.float())
+                means["mask"] = dice_loss(logits, masks) + 4 * cross_entropy
         return means
 
     forward = loss
@@ -193,25 +184,14 @@ class Distillation(nn.Module):
     def validate(self, model):
         """Embedding error, also in units of the teacher's variance; with a decoder, DSC of loosened boxes."""
         error, scores = 0.0, {}
-        for i, batch in validation_batches(self.validation, self.world):
+        for i, batch in single_batches(self.validation, self.world, "validation"):
             embedding = model.image_encoder(batch["image"])
-            error += float(embedding_mse(embedding, self.target(batch)))
-            if self.has_decoder:
+            error += float(embedding_mse(embedding, target(self.teacher, batch)))
+            if self.validation.objects:
                 scores[i] = dsc(*self.decode(embedding, batch))
-        error = self.world.sum({"error": error})["error"] / len(self.slices)
-        result = {"val_error": error, "val_relative": error / float(self.extra["teacher_variance"].mean())}
-        return result | (modality_means(self.cases, self.slices, scores, self.world) if self.has_decoder else {})
-
-    def use_statistics(self, statistics, start_from_them):
-        """Count the error in units of the teacher's variance where masks are learned too; start the last norm there."""
-        self.extra = statistics
-        if "mask" in self.weights:
-            self.weights["embedding"] /= float(statistics["teacher_variance"].mean())
-        if start_from_them:
-            norm = self.student.image_encoder.norm
-            with torch.no_grad():
-                norm.bias.copy_(statistics["teacher_mean"])
-                norm.weight.copy_(statistics["teacher_variance"].sqrt())
+        error = self.world.sum({"error": error})["error"] / len(self.validation)
+        result = {"val_error": error, "val_relative": error / self.variance}
+        return result | (modality_means(self.validation, scores, self.world) if self.validation.objects else {})
 
 
 # ------------------------------------------------------------------------------------------------------------ script
@@ -221,11 +201,9 @@ def compute_targets(arguments, world, cases, slices, val_cases, val_slices, cach
     folder = arguments.embeddings
     with world.first_goes_ahead():
         claim_folder(folder, resolve(arguments.teacher))
-    flips = [(False, False)]
-    if arguments.flips and not arguments.mask_loss:
-        flips += [(True, False), (False, True), (True, True)]
+    flips = list(FLIPS) if arguments.flips and not arguments.mask_loss else [(False, False)]
     chosen = draw_slices(cases, slices, arguments.embeddings_limit, arguments.seed, power=0.5)
-    keep_embeddings(arguments, world, val_cases, val_slices, cache, flips[:1], "teacher on validation slices")
+    keep_embeddings(arguments, world, val_cases, val_slices, cache, [(False, False)], "teacher on validation slices")
     keep_embeddings(arguments, world, cases, chosen, cache, flips, "teacher on training slices")
     known = [(index, z) for index, z in slices if embedding_path(folder, cases[index], z).exists()]
     if not known:
@@ -244,40 +222,36 @@ def train(arguments, world):
         raise ValueError("--augment, --photometric: expected --mask-loss or --plain beside them, found none: with "
                          "--embeddings such samples have no target")
     student = build_student(arguments)
-    size = check_size(arguments, student)
+    student_input = network_input(arguments, student)
     resolve(arguments.teacher)                                                 # a missing one shows before the long work
-    cases, val_cases, cache = split_data(arguments)
-    slices = slices_of(arguments, world, cases, cache, labelled_only=False)
-    if arguments.limit_samples:
-        slices = draw_slices(cases, slices, arguments.limit_samples, arguments.seed)
-    val_slices = validation_slices(arguments, world, val_cases, cache, labelled_only=bool(arguments.decoder_weights))
+    cases, slices, val_cases, val_slices, cache = read_data(arguments, world, False, bool(arguments.decoder_weights))
     common, known, teacher = dict(embeddings=arguments.embeddings), slices, None
     if arguments.embeddings:
         known, slices = compute_targets(arguments, world, cases, slices, val_cases, val_slices, cache)
     else:
         teacher = load_teacher(arguments, world)
-        common = dict(teacher_size=teacher.image_size, teacher_resize=teacher.resize)
-    student = world.to_device(student)
-
-    common |= dict(size=size, resize=student.resize, prompt_size=student.image_size)
-    mode = "full" if arguments.augment else "flips" if arguments.flips else "none"
-    prompts = drawing(arguments) | {"max_boxes": arguments.boxes if arguments.mask_loss else 0}
-    dataset = SliceDataset(cases, slices, cache, augment=mode, plain=arguments.plain, **prompts, **common)
-    prompts = VALIDATION if arguments.decoder_weights else {}
-    validation = SliceDataset(val_cases, val_slices, cache, **common, **prompts)
-    task = Distillation(arguments, world, student, teacher, validation, val_cases, val_slices)
+        common = dict(teacher_input=(teacher.image_size, teacher.resize))
+    common |= dict(cache=cache, network_input=student_input)
+    drawn = Objects(arguments.boxes, LOGITS_SIZE, student.image_size, arguments.box_shift, arguments.box_jitter)
+    dataset = SliceDataset(
+        cases, slices, objects=drawn if arguments.mask_loss else None, seed=arguments.seed,
+        mode="full" if arguments.augment else "flips" if arguments.flips else "none", plain=arguments.plain,
+        photometric=arguments.photometric, in_use=arguments.in_use, **common)
+    prompts = Objects(mask_size=LOGITS_SIZE, prompt_size=student.image_size, **VALIDATION)
+    validation = SliceDataset(val_cases, val_slices, objects=prompts if arguments.decoder_weights else None, **common)
     if arguments.resume:
-        statistics = read_last(arguments.out)["extra"]
+        statistics = read_torch(Path(arguments.out, "last.pt"))["extra"]
     else:
-        some = draw_slices(cases, known, STATISTICS_SLICES, arguments.seed, power=0.5)
-        some = SliceDataset(cases, some, cache, **common)
+        some = SliceDataset(cases, draw_slices(cases, known, STATISTICS_SLICES, arguments.seed, power=0.5), **common)
+        batches = single_batches(some, world, "the teacher's mean and variance", shared=False)
         with world.autocast():
-            statistics = statistics_of(task.target(one_batch(some, i, world))[0] for i in range(len(some)))
-    task.use_statistics(statistics, arguments.start_from_statistics)
-    trainer = Trainer(arguments, world, task, dataset, make_sampler(arguments, world, cases, slices))
-    say(f"{len(slices)} training slices of {len(cases)} cases, {len(val_slices)} validation slices of "
-        f"{len(val_cases)}; student {student.name} at {size}; {trainer.steps} updates of {trainer.batch} samples")
-    return trainer.fit()
+            statistics = statistics_of(target(teacher, batch)[0] for _, batch in batches)
+    if arguments.start_from_statistics:
+        with torch.no_grad():
+            student.image_encoder.norm.bias.copy_(statistics["teacher_mean"])
+            student.image_encoder.norm.weight.copy_(statistics["teacher_variance"].sqrt())
+    task = Distillation(arguments, world, world.to_device(student), teacher, validation, statistics)
+    return train_task(arguments, world, task, dataset)
 
 
 def main(argv=None):

@@ -11,13 +11,12 @@ import sys
 from torch import nn
 
 from medficient_mini.inference.checkpoint import load_model
+from medficient_mini.training.augment import Objects
 from medficient_mini.training.cases import with_neighbours
 from medficient_mini.training.losses import dsc, finetune_loss
-from medficient_mini.training.options import (VALIDATION, check_size, common_parser, draw_slices, drawing,
-                                              make_sampler, modality_means, run_script, slices_of, split_data,
-                                              validation_batches, validation_slices)
+from medficient_mini.training.options import (VALIDATION, common_parser, modality_means, network_input, read_data,
+                                              run_script, single_batches, train_task)
 from medficient_mini.training.samples import SliceDataset
-from medficient_mini.training.trainer import Trainer, say
 
 
 def parse_arguments(argv=None):
@@ -41,10 +40,9 @@ class Finetuning(nn.Module):
     """What stage 2 trains and how: the task of a Trainer (see trainer.py)."""
     weights, criterion, extra = {"mask": 1.0}, ("dsc", "max"), {}
 
-    def __init__(self, arguments, world, model, cases, slices, validation):
+    def __init__(self, arguments, world, model, validation):
         super().__init__()
-        self.model, self.network, self.world = model, model.name, world
-        self.cases, self.slices, self.validation = cases, slices, validation
+        self.model, self.network, self.world, self.validation = model, model.name, world, validation
         self.mask_gradient = not arguments.published_loss
         self.frozen = [module for module in model.modules()
                        if arguments.freeze_norm and isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm))]
@@ -72,33 +70,25 @@ class Finetuning(nn.Module):
     def validate(self, model):
         """DSC of loosened boxes, averaged over objects, slices, cases, modalities."""
         scores = {}
-        for i, batch in validation_batches(self.validation, self.world):
+        for i, batch in single_batches(self.validation, self.world, "validation"):
             logits, _, masks = self.decode(model, batch)
             scores[i] = dsc(logits, masks)
-        return modality_means(self.cases, self.slices, scores, self.world)
+        return modality_means(self.validation, scores, self.world)
 
 
 def train(arguments, world):
     """Read the cases, build the task, train; returns the exit status. ValueError, one line, for bad input."""
     model = world.to_device(load_model(arguments.weights, arguments.decoder_weights))
-    size = check_size(arguments, model)
-    cases, val_cases, cache = split_data(arguments, need_masks=True)
-    slices = slices_of(arguments, world, cases, cache, labelled_only=True)
-    if not slices:
-        raise ValueError(f"{arguments.data}: gts of all training cases are empty, expected labels")
-    if arguments.limit_samples:
-        slices = draw_slices(cases, slices, arguments.limit_samples, arguments.seed)
-    val_slices = validation_slices(arguments, world, val_cases, cache, labelled_only=True)
+    size, resize = network_input(arguments, model)
+    cases, slices, val_cases, val_slices, cache = read_data(arguments, world, labelled=True, val_labelled=True)
     if arguments.in_use:
         slices = with_neighbours(cases, slices)
-    common = dict(size=size, resize=model.resize, mask_size=size, prompt_size=model.image_size)
-    dataset = SliceDataset(cases, slices, cache, augment=arguments.augment, **drawing(arguments), **common)
-    validation = SliceDataset(val_cases, val_slices, cache, **common, **VALIDATION)
-    task = Finetuning(arguments, world, model, val_cases, val_slices, validation)
-    trainer = Trainer(arguments, world, task, dataset, make_sampler(arguments, world, cases, slices))
-    say(f"{len(slices)} training slices of {len(cases)} cases, {len(val_slices)} validation slices of "
-        f"{len(val_cases)}; {model.name} at {size}; {trainer.steps} updates of {trainer.batch} samples")
-    return trainer.fit()
+    drawn = Objects(arguments.boxes, size, model.image_size, arguments.box_shift, arguments.box_jitter)
+    dataset = SliceDataset(cases, slices, cache, (size, resize), drawn, arguments.seed, arguments.augment,
+                           arguments.photometric, arguments.in_use)
+    prompts = Objects(mask_size=size, prompt_size=model.image_size, **VALIDATION)
+    validation = SliceDataset(val_cases, val_slices, cache, (size, resize), prompts)
+    return train_task(arguments, world, Finetuning(arguments, world, model, validation), dataset)
 
 
 def main(argv=None):

@@ -144,14 +144,15 @@ class Objects:
         Args:
             labels: integers (H, W) of the slice, flipped.
             rng: numpy's random generator.
-            objects: int (N, 7), label and tight box x0 y0 z0 x1 y1 z1 of the volume's objects, not flipped.
+            objects: N lists of label and tight box x0 y0 z0 x1 y1 z1, not flipped (see `SliceCache.objects`).
             z: the slice.
             flip: whether the slice was flipped (horizontally, vertically).
 
         Returns:
             dict as that of `draw`.
         """
-        values, boxes = objects[:, 0], objects[:, 1:].astype(float)
+        objects = np.array(objects, float).reshape(-1, 7)
+        values, boxes = objects[:, 0], objects[:, 1:]
         boxes[:, [2, 5]] += np.array([-1, 1]) * (rng.integers(0, 2, (len(boxes), 2)) if labels.any() else 1)
         here = rng.permutation(np.flatnonzero((boxes[:, 2] <= z) & (z <= boxes[:, 5])))[:self.count]
         boxes = boxes[here]
@@ -181,7 +182,8 @@ class Objects:
 
 def draw_augmented(image, labels, rng, mode, limit):
     """Apply `augment`; what moves every object out of the picture is drawn again, and left out after nine attempts."""
-    for attempt in range(10):
-        moved = augment(image, labels, rng, mode if attempt < 9 else "none", limit)
+    for _ in range(9):
+        moved = augment(image, labels, rng, mode, limit)
         if moved[1].any() or not labels.any():
             return moved
+    return image, labels, (False, False)

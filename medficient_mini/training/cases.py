@@ -3,7 +3,6 @@
 A case is the npz.Header of one NPZ file; a slice is (index of the case, z), with z = 0 for a 2D image.
 """
 import re
-import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -38,20 +37,19 @@ def scan_cases(folder, strict=False, need_masks=False):
 
 def _each(function, items, label, strict):
     """[function(item), …], computed in threads; None where it raised ValueError, which costs a line on stderr."""
-    def attempt(item):
-        try:
-            return function(item), None
-        except ValueError as error:
-            return None, error
-
+    results = []
     with ThreadPoolExecutor(4) as pool:
-        results = list(ProgressBar(pool.map(attempt, items), len(items), label))
-    for _, error in results:
-        if error and strict:
-            raise error
-        if error:
-            print(error, file=sys.stderr)
-    return [result for result, _ in results]
+        futures = [pool.submit(function, item) for item in items]
+        bar = ProgressBar(futures, len(items), label)
+        for future in bar:
+            try:
+                results.append(future.result())
+            except ValueError as error:
+                if strict:
+                    raise
+                bar.write(str(error))
+                results.append(None)
+    return results
 
 
 def split_cases(cases, val_fraction, seed, patient_pattern=None):
@@ -72,14 +70,14 @@ def split_cases(cases, val_fraction, seed, patient_pattern=None):
     Raises:
         ValueError: one line; the pattern does not match a name.
     """
-    patients = {}
-    for case in cases:
-        patients.setdefault(patient_of(case.path, patient_pattern), []).append(case)
-    if len(patients) == 1:
-        patients = {case.path: [case] for case in cases}
-    modalities = {key: {case.modality for case in group} for key, group in patients.items()}
-    in_training = Counter(modality for key in patients for modality in modalities[key])
-    keys, chosen = list(patients), set()
+    patients = [patient_of(case.path, patient_pattern) for case in cases]
+    if len(set(patients)) == 1:
+        patients = [case.path for case in cases]
+    modalities = {}
+    for key, case in zip(patients, cases):
+        modalities.setdefault(key, set()).add(case.modality)
+    in_training = Counter(modality for of_patient in modalities.values() for modality in of_patient)
+    keys, chosen = list(modalities), set()
     order = [keys[i] for i in np.random.default_rng(seed).permutation(len(keys))]
     for modality, count in sorted(in_training.items()):
         kept = count - max(1, int(count * val_fraction + 0.5))
@@ -91,8 +89,8 @@ def split_cases(cases, val_fraction, seed, patient_pattern=None):
     if not chosen:                                                             # each modality has but one patient
         chosen.update(order[1:2])
     sides = [], []
-    for key, group in patients.items():
-        sides[key in chosen].extend(group)
+    for key, case in zip(patients, cases):
+        sides[key in chosen].append(case)
     return sides
 
 
@@ -100,13 +98,15 @@ def describe_patients(cases, patient_pattern=None):
     """Return "N patients in M cases", with a warning where the guess seems to have taken slices for patients."""
     count = len({patient_of(case.path, patient_pattern) for case in cases})
     line, alike = f"{count} patients in {len(cases)} cases", {}
+    if count < len(cases) or patient_pattern is not None:
+        return line
     for case in cases:
         beginning = re.sub(r"([-_ ][^-_ ]*|\d+)$", "", PREFIX.sub("", case.name))
-        alike.setdefault(beginning, []).append(case.name)
-    pairs = [names[:2] for beginning, names in alike.items() if beginning and len(names) > 1]
-    if count == len(cases) and pairs and patient_pattern is None:
-        line += (f"; warning: each case counts as a patient, though names begin alike ({' and '.join(pairs[0])}): if "
-                 "those are of one patient, say so with --patient REGEX, or validation sees patients of training")
+        other = alike.setdefault(beginning, case.name)
+        if beginning and other != case.name:
+            return (f"{line}; warning: each case counts as a patient, though names begin alike ({other} and "
+                    f"{case.name}): if those are of one patient, say so with --patient REGEX, or validation sees "
+                    "patients of training")
     return line
 
 

@@ -6,7 +6,6 @@ GPUs (torch.nn.SyncBatchNorm, which is for GPUs alone); on several CPU processes
 the running statistics are those of the first process.
 """
 import os
-import re
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
@@ -38,21 +37,20 @@ class Distributed:
 
     def __init__(self, device="auto", amp="auto"):
         missing = [name for name in TORCHRUN if name not in os.environ]
-        left_over = [name for name in TORCHRUN[:3] if name in os.environ]
-        if missing and left_over:
-            print(f"{', '.join(left_over)} in the environment: ignored, expected {', '.join(missing)} beside it as "
-                  "torchrun sets them; this is the only process", file=sys.stderr)
+        if missing and "WORLD_SIZE" in os.environ:
+            print(f"WORLD_SIZE in the environment: ignored, expected {', '.join(missing)} beside it as torchrun sets "
+                  "them; this is the only process", file=sys.stderr)
         self.rank, self.size, local = (0, 1, 0) if missing else (int(os.environ[name]) for name in TORCHRUN[:3])
         self.first = self.rank == 0
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-            raise ValueError(f"--device: expected auto, cpu, cuda or cuda:N, found {device}")
-        gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
-        if gpu and ":" not in device:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda":
             device = f"cuda:{local}"
-        if gpu and int(device[len("cuda:"):]) >= torch.cuda.device_count():
-            raise ValueError(f"--device: expected cpu or one of the {torch.cuda.device_count()} GPUs here, counted "
-                             f"from 0, found {device}")
-        self.device = torch.device(device if gpu else "cpu")
+        here = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        if device not in here:
+            raise ValueError(f"--device: expected auto, {', '.join(here)}, found {device}")
+        self.device = torch.device(device)
+        gpu = self.device.type == "cuda"
         if gpu:
             torch.cuda.set_device(self.device)
         if self.size > 1 and not dist.is_initialized():

@@ -22,7 +22,6 @@ def embedding_mse(pred, target, weight=None):
     difference = pred.float() - target.float()
     if weight is None:
         return (difference ** 2).mean()
-    weight = weight.float()                                                    # (B,)
     # Before the square: after it, a NaN would come back as the gradient's factor, and 0 * NaN is NaN.
     difference = torch.where(weight[:, None, None, None] > 0, difference, 0.0)
     error = (difference ** 2).flatten(1).mean(1)                               # (B,)
@@ -76,4 +75,4 @@ def dsc(logits, masks):
     """
     found, truth = enlarged(logits, masks) > 0, masks > 0
     overlap, total = (found & truth).sum((1, 2)), found.sum((1, 2)) + truth.sum((1, 2))     # (N,)
-    return float(torch.where(total > 0, 2 * overlap / total.clamp(min=1), 1.0).mean())
+    return float((2 * overlap / total).nan_to_num(1.0).mean())                              # 0 / 0 is NaN

@@ -17,15 +17,9 @@ class AdamW(torch.optim.Optimizer):
 
     Args:
         params: parameters, or groups of them, each with its own `lr` or `weight_decay` if it names them.
-
-    Raises:
-        ValueError: a negative number, or a beta that is not below 1.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2):
-        if lr < 0 or weight_decay < 0 or eps < 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"AdamW: lr {lr}, betas {betas}, eps {eps}, weight_decay {weight_decay}: "
-                             f"expected non-negative values and betas below 1")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
@@ -59,7 +53,7 @@ class AdamW(torch.optim.Optimizer):
 
 
 class HalveEachEpoch:
-    """Halve the learning rates after each epoch; also the interface and the resuming that the other schedules share."""
+    """Halve the learning rates after each epoch; also the interface and the resuming that the others share."""
     remembered = ()  # names of what a resumed run must know; the learning rates are in the optimiser's state
 
     def __init__(self, optimizer):
@@ -70,12 +64,12 @@ class HalveEachEpoch:
 
     def after_epoch(self, score):
         """Called after each epoch with the score of its validation."""
-        self.multiply(0.5)
+        self.halve()
 
-    def multiply(self, factor):
-        """Multiply the learning rates of all groups."""
+    def halve(self):
+        """Halve the learning rates of all groups."""
         for group in self.optimizer.param_groups:
-            group["lr"] *= factor
+            group["lr"] *= 0.5
 
     def state_dict(self):
         """Return {name: number}: what `load_state_dict` of another object needs to go on."""
@@ -87,26 +81,23 @@ class HalveEachEpoch:
 
 
 class ReduceLROnPlateau(HalveEachEpoch):
-    """Multiply the learning rates by `factor` after more than `patience` epochs in a row without a better score.
+    """Halve the learning rates after each epoch without a better score, as torch's with factor 0.5 and patience 0.
 
-    Better is below best * (1 - 0.0001) for mode "min" and above best * (1 + 0.0001) for "max", as in torch.
+    Better is below best * (1 - 0.0001) for mode "min" and above best * (1 + 0.0001) for "max".
     """
-    remembered = ("best", "bad")
+    remembered = ("best",)
 
-    def __init__(self, optimizer, mode="min", factor=0.5, patience=0):
+    def __init__(self, optimizer, mode="min"):
         super().__init__(optimizer)
         self.sign = 1 if mode == "min" else -1                    # a score to maximise is a negative one to minimise
-        self.factor, self.patience = factor, patience
-        self.best, self.bad = self.sign * float("inf"), 0
+        self.best = self.sign * float("inf")
 
     def after_epoch(self, score):
         """Compare the score with the best so far."""
-        self.bad += 1
         if self.sign * score < self.sign * self.best * (1 - self.sign * 1e-4):
-            self.best, self.bad = score, 0
-        if self.bad > self.patience:
-            self.multiply(self.factor)
-            self.bad = 0
+            self.best = score
+        else:
+            self.halve()
 
 
 class CosineAnnealing(HalveEachEpoch):

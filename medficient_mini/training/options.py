@@ -20,6 +20,7 @@ from ..show.progress import ProgressBar
 from .cases import balance_weights, describe_patients, list_slices, scan_cases, split_cases
 from .distributed import Distributed
 from .samples import EpochSampler
+from .trainer import Trainer, say
 from .volume_cache import SliceCache
 
 
@@ -113,7 +114,7 @@ def start(arguments):
     """Check what is common, fix threads and seed, join the other processes: Distributed. ValueError, one line."""
     ranges = dict.fromkeys(("bs", "accumulate", "epochs", "steps", "samples_per_epoch", "limit_samples", "val_limit",
                             "log_steps", "boxes"), (1, math.inf))
-    ranges |= dict.fromkeys(("lr", "workers", "warmup", "box_shift"), (0, math.inf))
+    ranges |= dict.fromkeys(("lr", "weight_decay", "workers", "warmup", "box_shift"), (0, math.inf))
     ranges |= {"in_use": (0, 1), "box_jitter": (0, 0.499), "val_fraction": (0.001, 0.999), "ema": (0.001, 1 - 1e-9)}
     for name, (low, high) in ranges.items():
         value = getattr(arguments, name)
@@ -135,56 +136,71 @@ def start(arguments):
     return Distributed(arguments.device, arguments.amp)
 
 
-def check_size(arguments, network):
-    """Return the input side of `network` (a Sam) in this run; EfficientViT networks take smaller ones. ValueError."""
+def network_input(arguments, network):
+    """Return side and resizing of the input of `network` (a Sam) in this run; EfficientViT ones take smaller sides."""
     size = arguments.size or network.image_size
     flexible = network.name.startswith("medficientsam")
     if size != network.image_size and (not flexible or size % 32 or size < 64):
-        expected = "a multiple of 32 from 64" if flexible else f"{network.image_size}"
+        expected = "a multiple of 32 from 64" if flexible else network.image_size
         raise ValueError(f"--size: expected {expected} for {network.name}, found {size}")
-    return size
+    return size, network.resize
+
+
+def train_task(arguments, world, task, dataset):
+    """Train a task (see trainer.py), whose validation set is `task.validation`, on a SliceDataset: the exit status."""
+    trainer = Trainer(arguments, world, task, dataset, make_sampler(arguments, world, dataset.cases, dataset.slices))
+    say(f"{len(dataset)} training slices of {len(dataset.cases)} cases, {len(task.validation)} validation slices of "
+        f"{len(task.validation.cases)}; {task.network} at {dataset.network_input[0]}; {trainer.steps} updates of "
+        f"{trainer.batch} samples")
+    return trainer.fit()
 
 
 # ------------------------------------------------------------------------------------------------- cases and slices
 
-def split_data(arguments, need_masks=False):
-    """Return training cases, validation cases and the SliceCache of --data and --val. ValueError, one line."""
-    cases = scan_cases(arguments.data, arguments.strict, need_masks=need_masks)
+def read_data(arguments, world, labelled, val_labelled):
+    """Find the cases of --data and --val and their slices, those with labels alone if `labelled` or `val_labelled`.
+
+    Returns:
+        cases, slices, val_cases, val_slices, cache: lists of npz.Header and of (index of the case, z), at most
+        --limit-samples and --val-limit slices, and the SliceCache to read them through.
+    """
+    cases = scan_cases(arguments.data, arguments.strict, need_masks=labelled)
     if arguments.val:
-        val = scan_cases(arguments.val, arguments.strict, need_masks=need_masks)
-        train = outside_validation(cases, val, arguments)
+        val_cases = scan_cases(arguments.val, arguments.strict, need_masks=labelled)
+        cases = outside_validation(cases, val_cases, arguments)
     else:
-        train, val = split_cases(cases, arguments.val_fraction, arguments.seed, arguments.patient)
-    print(describe_patients([*train, *val], arguments.patient), file=sys.stderr)
-    return train, val, SliceCache(arguments.cache, arguments.cache_mb)
+        cases, val_cases = split_cases(cases, arguments.val_fraction, arguments.seed, arguments.patient)
+    say(describe_patients([*cases, *val_cases], arguments.patient))
+    cache = SliceCache(arguments.cache, arguments.cache_mb)
+    slices = slices_of(arguments, world, cases, cache, labelled)
+    if arguments.limit_samples:
+        slices = draw_slices(cases, slices, arguments.limit_samples, arguments.seed)
+    val_slices = slices_of(arguments, world, val_cases, cache, val_labelled)
+    if not val_slices:
+        raise ValueError(f"{arguments.val or arguments.data}: no validation slice{' with a label' * val_labelled} in "
+                         f"{len(val_cases)} cases, expected --val or more cases")
+    # The same in every run, whatever its seed.
+    val_slices = draw_slices(val_cases, val_slices, arguments.val_limit, seed=0, power=0.5)
+    return cases, slices, val_cases, val_slices, cache
 
 
-def outside_validation(cases, val, arguments):
+def outside_validation(cases, val_cases, arguments):
     """Leave out of the cases of --data those that --val holds too, and the other files of their patients."""
-    held = {case.path.resolve() for case in val}
+    held = {case.path.resolve() for case in val_cases}
     patients = {patient_of(case.path, arguments.patient) for case in cases if case.path.resolve() in held}
-    train = [case for case in cases if patient_of(case.path, arguments.patient) not in patients]
+    left = [case for case in cases if patient_of(case.path, arguments.patient) not in patients]
     if patients:
-        print(f"{arguments.val}: lies inside {arguments.data}: {len(cases) - len(train)} cases of {len(patients)} "
-              "patients are for validation alone", file=sys.stderr)
-    if not train:
+        say(f"{arguments.val}: lies inside {arguments.data}: {len(cases) - len(left)} cases of {len(patients)} "
+            "patients are for validation alone")
+    if not left:
         raise ValueError(f"{arguments.data}: --data: expected cases of patients that --val does not hold, found none")
-    return train
+    return left
 
 
 def slices_of(arguments, world, cases, cache, labelled_only):
     """Return [(case index, z)]; the first process reads the labels, the others then find them in the cache."""
     with world.first_goes_ahead():
         return list_slices(cases, cache, labelled_only, arguments.strict)
-
-
-def validation_slices(arguments, world, cases, cache, labelled_only):
-    """Return at most --val-limit slices, the same in every run. ValueError with one line where there is none."""
-    slices = slices_of(arguments, world, cases, cache, labelled_only)
-    if not slices:
-        raise ValueError(f"{arguments.val or arguments.data}: no validation slice{' with a label' * labelled_only} in "
-                         f"{len(cases)} cases, expected --val or more cases")
-    return draw_slices(cases, slices, arguments.val_limit, seed=0, power=0.5)
 
 
 def draw_slices(cases, slices, count, seed, power=None):
@@ -208,38 +224,28 @@ def make_sampler(arguments, world, cases, slices):
 
 # ------------------------------------------------------------------------------------------------------- validation
 
-def drawing(arguments):
-    """Return how the options draw training samples, as keyword arguments of SliceDataset."""
-    return dict(max_boxes=arguments.boxes, box_shift=arguments.box_shift, box_jitter=arguments.box_jitter,
-                in_use=arguments.in_use, photometric=arguments.photometric, seed=arguments.seed)
-
-
 # Prompts of validation: boxes as loose as users draw them, the same in every run, stage and network.
-VALIDATION = dict(max_boxes=5, box_shift=5, box_jitter=0.03, seed=0)
+VALIDATION = dict(count=5, shift=5, jitter=0.03)
 
 
-def one_batch(dataset, index, world):
-    """Return a batch of one sample of a data set, on the device: the same whenever it is asked for."""
-    return world.to_device({key: value[None] for key, value in dataset.sample(0, index, index).items()})
+def single_batches(dataset, world, label, shared=True):
+    """Yield (index, batch of that one sample), each time the same, for this process's share of a data set or all."""
+    indices = range(world.rank, len(dataset), world.size) if shared else range(len(dataset))
+    for index in ProgressBar(indices, len(indices), label):
+        sample = dataset.sample(0, index, index)
+        yield index, world.to_device({key: value[None] for key, value in sample.items()})
 
 
-def validation_batches(dataset, world):
-    """Yield (index, batch of that one sample) for this process's share of a validation set."""
-    share = range(world.rank, len(dataset), world.size)
-    for index in ProgressBar(share, len(share), "validation"):
-        yield index, one_batch(dataset, index, world)
-
-
-def modality_means(cases, slices, scores, world):
+def modality_means(dataset, scores, world):
     """Average validation scores over the slices of a case, then the cases of a modality, then modalities.
 
-    `scores` {index into slices: score} are those of this process; returns {"dsc": mean, "dsc_CT": mean of CT, …}.
+    `scores` {index of the sample: score} are those of this process; returns {"dsc": mean, "dsc_CT": mean of CT, …}.
     """
-    scores = world.sum({index: scores.get(index, 0.0) for index in range(len(slices))})
+    scores = world.sum({index: scores.get(index, 0.0) for index in range(len(dataset))})
     of_case, of_modality = {}, {}
-    for (case, _), score in zip(slices, scores.values()):
+    for (case, _), score in zip(dataset.slices, scores.values()):
         of_case.setdefault(case, []).append(score)
     for case, values in of_case.items():
-        of_modality.setdefault(f"dsc_{cases[case].modality}", []).append(np.mean(values))
+        of_modality.setdefault(f"dsc_{dataset.cases[case].modality}", []).append(np.mean(values))
     means = {key: float(np.mean(values)) for key, values in sorted(of_modality.items())}
     return {"dsc": float(np.mean(list(means.values())))} | means

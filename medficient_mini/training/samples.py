@@ -5,97 +5,102 @@ workers or more processes see exactly the samples that an undisturbed single pro
 """
 import os
 import signal
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 
-from ..files import whole_file
+from ..files import first_line, whole_file
 from ..inference.geometry import to_network
 from .augment import Objects, draw_augmented, photometric
-from .cases import scan_cases  # noqa: F401  (the name before, for tests/userfiles/test_user_files.py)
-from .volume_cache import file_key
+from .volume_cache import SliceCache, file_key
 
-LOGITS_SIZE = 256  # side of the mask decoder's output, for every network
+
+@contextmanager
+def writing(path):
+    """Do as `whole_file` and turn its failure into one line, a ValueError, that names the file and the way on."""
+    try:
+        with whole_file(path) as temporary:
+            yield temporary
+    except (OSError, RuntimeError) as error:                                   # the latter is torch's word for a full disk
+        raise ValueError(f"{path}: could not be written ({first_line(error)}); the one before is intact. Make room, "
+                         "then the same command goes on, a run that has trained with --resume") from None
 
 
 # ------------------------------------------------------------------------------------------------ data sets
+
+# Flipped (horizontally, vertically) or not: how the file of an embedding ends.
+FLIPS = {(False, False): "", (True, False): "-h", (False, True): "-v", (True, True): "-hv"}
+
 
 def embedding_path(folder, case, z, flip=(False, False)):
     """Return where the teacher's embedding of a slice, flipped (horizontally, vertically) or not, is kept.
 
     The name follows from the content of the NPZ file. The teacher is not part of it: one folder per teacher.
     """
-    suffix = "".join(letter for letter, is_flipped in zip("hv", flip) if is_flipped)
-    return Path(folder) / file_key(case.path) / f"{z}{'-' if suffix else ''}{suffix}.npy"
+    return Path(folder) / file_key(case.path) / f"{z}{FLIPS[flip]}.npy"
 
 
 def save_embedding(path, embedding):
     """Write an embedding (256, 64, 64) as float16 (2 MB), whole or not at all. ValueError, one line, on a full disk."""
-    try:
-        with whole_file(path) as temporary:
-            np.save(temporary, torch.as_tensor(embedding).half().numpy(force=True))
-    except OSError as error:
-        raise ValueError(f"{path}: could not be written ({error.strerror or error}); make room, then the same "
-                         "command goes on with the embeddings that are missing (a run that has trained: with "
-                         "--resume)") from None
+    with writing(path) as temporary:
+        np.save(temporary, embedding.half().numpy(force=True))
 
 
 def load_embedding(path):
-    """Read what `save_embedding` wrote: float16 (256, 64, 64), None where there is none. ValueError, one line."""
+    """Read what `save_embedding` wrote: float16 (256, 64, 64). ValueError, one line, for a damaged file."""
     try:
-        return torch.from_numpy(np.load(path, allow_pickle=False).reshape(256, 64, 64).astype(np.float16))
-    except FileNotFoundError:
-        return None
+        return torch.from_numpy(np.load(path, allow_pickle=False).reshape(256, 64, 64))
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path}: embedding: expected numbers (256, 64, 64), found it unreadable ({error}); delete it "
                          "to compute it again") from None
 
 
+@dataclass(eq=False)
 class SliceDataset(torch.utils.data.Dataset):
     """Samples of both stages: the network's input, the objects in it, and for distillation the teacher's part.
 
     A sample is a dict of tensors:
         image: (3, size, size) float32 in [0, 1].
-        boxes: (max_boxes, 4) float32 x0 y0 x1 y1 in pixels of a `prompt_size` square, if max_boxes > 0; as well as
-            masks, (max_boxes, mask_size, mask_size) uint8, and box_valid, (max_boxes,) bool. Rows that are not valid
-            are zero; a slice without labels has no valid one.
-        teacher_image: (3, teacher_size, teacher_size) float32 in [0, 1], if there is a `teacher_size`.
+        boxes, masks, box_valid: as `Objects` draws them, if there are `objects`.
+        teacher_image: (3, teacher size, teacher size) float32 in [0, 1], if there is a `teacher_input`.
         embedding: (256, 64, 64) float16, if there is a folder of `embeddings`; and has_embedding, () bool.
 
     A network is not equivariant and its padding stays right and below, so a flipped image needs an embedding of its
     own. The data set takes whichever is on disk. With only the unflipped one (one teacher forward and 2 MB a slice;
     recommended) a flipped sample serves a mask loss only; with all four each has a target. A sample that is rotated,
     or photometrically changed, never has.
+
+    Args:
+        cases, slices: list of npz.Header, and of (index of the case, z).
+        cache: the SliceCache that they are read through.
+        network_input: side of the network's input, and how images come to it (see `to_network`).
+        objects: draws prompts and masks; None for samples without.
+        seed: another one gives other samples.
+        mode: "none", "flips" or "full" (see `augment`).
+        photometric: also change brightness, contrast, colours and so on (see `photometric`).
+        in_use: part of the samples of volumes that get the prompts which inference gives (see
+            `Objects.draw_in_use`); they are flipped at most.
+        teacher_input: as network_input, for a teacher that runs beside.
+        embeddings: folder of the teacher's embeddings.
+        plain: part of a distillation's samples left as they are, so that they keep the target of their unflipped
+            embedding. With objects and embeddings so is every slice without a label: it would train nothing.
     """
-
-    def __init__(self, cases, slices, cache, size, resize, *, seed=0, augment="none", photometric=False, max_boxes=0,
-                 mask_size=LOGITS_SIZE, prompt_size=None, box_shift=5, box_jitter=0.0, in_use=0.0, teacher_size=None,
-                 teacher_resize="bilinear", embeddings=None, plain=0.0):
-        """Describe the samples.
-
-        Args:
-            cases, slices: list of npz.Header, and of (index of the case, z).
-            cache: the SliceCache that they are read through.
-            size, resize: side of the network's input, and how images come to it (see `to_network`).
-            seed: another one gives other samples.
-            augment: "none", "flips" or "full" (see `augment`).
-            photometric: also change brightness, contrast, colours and so on (see `photometric`).
-            max_boxes, mask_size, prompt_size, box_shift, box_jitter: see `Objects`; prompt_size is `size` by default.
-            in_use: part of the samples of volumes that get the prompts which inference gives (see
-                `Objects.draw_in_use`); they are flipped at most.
-            teacher_size, teacher_resize: as size and resize, for a teacher that runs beside.
-            embeddings: folder of the teacher's embeddings.
-            plain: part of a distillation's samples left as they are, so that they keep the target of their unflipped
-                embedding. With max_boxes and embeddings so is every slice without a label: it would train nothing.
-        """
-        self.cases, self.slices, self.cache, self.seed = cases, slices, cache, seed
-        self.size, self.resize, self.augment, self.photometric = size, resize, augment, photometric
-        self.teacher_size, self.teacher_resize = teacher_size, teacher_resize
-        self.embeddings, self.plain, self.in_use = embeddings, plain, in_use
-        self.distils = embeddings is not None or teacher_size is not None
-        self.objects = Objects(max_boxes, mask_size, prompt_size or size, box_shift, box_jitter) if max_boxes else None
+    cases: list
+    slices: list
+    cache: SliceCache
+    network_input: tuple[int, str]
+    objects: Objects | None = None
+    seed: int = 0
+    mode: str = "none"
+    photometric: bool = False
+    in_use: float = 0.0
+    teacher_input: tuple[int, str] | None = None
+    embeddings: str | None = None
+    plain: float = 0.0
 
     def __len__(self):
         return len(self.slices)
@@ -111,30 +116,31 @@ class SliceDataset(torch.utils.data.Dataset):
         image, labels = self.cache.image_and_labels(case, z)
         if labels is None or not self.objects:
             labels = np.zeros(image.shape[:2], np.uint8)
-        is_labelled = labels.any()
+        is_labelled, mode, shown = labels.any(), self.mode, image
         # Moved, a slice without labels would have neither a mask nor an embedding to learn from.
         must_stay = self.embeddings and self.objects and not is_labelled
-        is_plain = self.distils and (rng.random() < self.plain or must_stay)
-        mode = "none" if is_plain else self.augment
-        shown = photometric(image, rng) if self.photometric and not is_plain else image
+        if (self.embeddings or self.teacher_input) and (rng.random() < self.plain or must_stay):
+            mode = "none"
+        elif self.photometric:
+            shown = photometric(image, rng)
         can_use = self.in_use and self.objects and case.is_3d and case.has_gts
         in_use = can_use and (rng.random() < self.in_use or not is_labelled)
         if in_use and mode == "full":                                          # boxes of a volume cannot be rotated
             mode = "flips"
-        moved, labels, flip = draw_augmented(shown, labels, rng, mode, max(self.size, self.teacher_size or 0))
-        sample = {"image": to_network(moved, self.size, self.resize)}
+        limit = max(size for size, _ in (self.network_input, self.teacher_input or (0, "")))
+        moved, labels, flip = draw_augmented(shown, labels, rng, mode, limit)
+        sample = {"image": to_network(moved, *self.network_input)}
         if in_use:
-            boxes = np.array(self.cache.objects(case)[1], int).reshape(-1, 7)
-            sample |= self.objects.draw_in_use(labels, rng, boxes, z, flip)
+            sample |= self.objects.draw_in_use(labels, rng, self.cache.objects(case)[1], z, flip)
         elif self.objects:
             sample |= self.objects.draw(labels, rng, max(labels.shape) / max(image.shape[:2]))
-        if self.teacher_size is not None:
-            sample["teacher_image"] = to_network(moved, self.teacher_size, self.teacher_resize)
-        if self.embeddings is not None:
-            is_unlike = flip is None or shown is not image
-            known = None if is_unlike else load_embedding(embedding_path(self.embeddings, case, z, flip))
-            sample["has_embedding"] = torch.tensor(known is not None)
-            sample["embedding"] = torch.zeros(256, 64, 64).half() if known is None else known
+        if self.teacher_input:
+            sample["teacher_image"] = to_network(moved, *self.teacher_input)
+        if self.embeddings:
+            path = embedding_path(self.embeddings, case, z, flip or (False, False))
+            is_known = shown is image and flip is not None and path.exists()
+            sample["has_embedding"] = torch.tensor(is_known)
+            sample["embedding"] = load_embedding(path) if is_known else torch.zeros(256, 64, 64).half()
         return sample
 
 
@@ -144,19 +150,16 @@ class EpochSampler(torch.utils.data.Sampler):
     """Yield (epoch, position, index) for one epoch from wherever `set_position` put it.
 
     Without weights the indices are one endless stream of random permutations of range(n), cut into epochs of
-    `samples_per_epoch` (default n), so that short epochs together still see every slice. With weights they are drawn
-    with replacement. Of `world` processes, process `rank` takes positions rank, rank + world, ...: together the
+    `samples_per_epoch` (default n), so that short epochs together still see every slice. With weights, (n,) and of sum
+    1, they are drawn with replacement. Of `world` processes, process `rank` takes positions rank, rank + world, ...: together the
     batches of b of all processes hold what a single process would put into a batch of b * world. All processes get
-    equally many; a remainder of the epoch is left out. ValueError where there is less than one for each process.
+    equally many; a remainder of the epoch is left out.
     """
 
     def __init__(self, n, seed, rank=0, world=1, weights=None, samples_per_epoch=None):
-        self.n, self.seed, self.rank, self.world = n, seed, rank, world
+        self.n, self.seed, self.rank, self.world, self.weights = n, seed, rank, world, weights
         self.total = samples_per_epoch or n
-        if n < 1 or self.total < world:
-            raise ValueError(f"{n} slices and {self.total} samples per epoch, expected at least one for each process")
         self.total -= self.total % world
-        self.cumulative = None if weights is None else np.cumsum(np.asarray(weights, float) / np.sum(weights))
         self.set_position(0, 0)
 
     def set_position(self, epoch, position=0):
@@ -167,16 +170,15 @@ class EpochSampler(torch.utils.data.Sampler):
         return (self.total - self.position) // self.world
 
     def __iter__(self):
-        epoch, indices = self.epoch, self._indices(self.epoch)
+        epoch, indices = self.epoch, self._indices()
         for position in range(self.position + self.rank, self.total, self.world):
             yield epoch, position, int(indices[position])
 
-    def _indices(self, epoch):
-        """The indices of all samples of an epoch, int (total,)."""
-        if self.cumulative is not None:
-            draws = np.random.default_rng([self.seed, epoch]).random(self.total)
-            return np.minimum(np.searchsorted(self.cumulative, draws, side="right"), self.n - 1)
-        first = epoch * self.total
+    def _indices(self):
+        """The indices of all samples of the epoch, int (total,)."""
+        if self.weights is not None:
+            return np.random.default_rng([self.seed, self.epoch]).choice(self.n, self.total, p=self.weights)
+        first = self.epoch * self.total
         rounds = range(first // self.n, (first + self.total - 1) // self.n + 1)
         stream = np.concatenate([np.random.default_rng([self.seed, r]).permutation(self.n) for r in rounds])
         return stream[first - rounds[0] * self.n:][:self.total]

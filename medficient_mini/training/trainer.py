@@ -12,7 +12,7 @@ task, that is a small torch module with
                            the gradients of what goes through one
     validate(model)        {score: number} for the model or a moving average of it
     criterion              (name of the score that decides, "min" or "max")
-    extra                  {name: tensor} that the checkpoint also holds, for `read_last(out)["extra"]`
+    extra                  {name: tensor} that last.pt and best.pt also hold
 """
 import csv
 import itertools
@@ -29,12 +29,12 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from ..files import first_line, whole_file
-from ..inference.checkpoint import atomic_torch_save, read_torch
+from ..files import first_line
+from ..inference.checkpoint import read_torch
 from ..show.draw import curves
 from ..show.progress import ProgressBar
 from .optim import AdamW, moving_average, schedule_of
-from .samples import make_loader
+from .samples import make_loader, writing
 
 # Every other option must stay. Not all of these leave the numbers alone: with other --steps or --epochs a cosine ends
 # elsewhere, so that the learning rate jumps; --device and --amp round differently; --val-limit makes scores before
@@ -61,8 +61,7 @@ class Trainer:
             others["weight_decay"] = 0.0
         self.optimizer = AdamW([matrices, others], lr=arguments.lr, weight_decay=arguments.weight_decay)
         self.batch = arguments.bs * arguments.accumulate * world.size          # samples of one update
-        sampler.set_position(0, 0)
-        self.epoch_samples = len(sampler) * world.size
+        self.epoch_samples = sampler.total
         self.steps = arguments.steps or arguments.epochs * math.ceil(self.epoch_samples / self.batch)
         self.schedule = schedule_of(arguments, self.optimizer, self.steps, task.criterion[1])
         self.ema = moving_average(task.model, arguments.ema) if arguments.ema else None
@@ -70,7 +69,7 @@ class Trainer:
         self.state = dict(epoch=0, position=0, step=0, seconds=0.0, best=None, rows=[], updates=[])
         self.folder = Path(arguments.out)
         self.run = vars(arguments) | {"network": task.network, "slices": sampler.n}     # what a resumed run must share
-        self.saved_step = self.stop_signal = self.stop_reason = None
+        self.stop_signal = self.stop_reason = None
         if arguments.resume:
             self._load()
 
@@ -109,7 +108,7 @@ class Trainer:
         """Do the updates that are left of this epoch, or some of them if there is a reason to stop."""
         state, arguments = self.state, self.arguments
         self.sampler.set_position(state["epoch"], state["position"])
-        left = min(math.ceil(len(self.sampler) / (arguments.bs * arguments.accumulate)), self.steps - state["step"])
+        left = min(math.ceil((self.epoch_samples - state["position"]) / self.batch), self.steps - state["step"])
         if left <= 0:                                                          # stopped just before the validation
             return
         self.task.model.train()
@@ -124,7 +123,8 @@ class Trainer:
             result = self.update(group)
             seconds = time.monotonic() - began
             samples = min(self.batch, self.epoch_samples - state["position"])
-            state["updates"].append(result | {"samples_per_second": samples / seconds, "waiting": waited / seconds})
+            speed = {"samples_per_second": samples / seconds, "waiting": waited / seconds}
+            state["updates"].append(result | speed)
             state["step"] += 1
             state["position"] += samples
             state["seconds"] += seconds
@@ -158,21 +158,15 @@ class Trainer:
         loss = sum(task.weights[term] * value for term, value in values.items())
         lr = self.optimizer.param_groups[0]["lr"]
         if not math.isfinite(loss + norm):
-            raise ValueError(self._way_out(f"loss {loss}, gradient norm {norm} at learning rate {lr:.3g}"))
+            raise ValueError(f"step {self.state['step'] + 1}: loss {loss}, gradient norm {norm} at learning rate "
+                             f"{lr:.3g}: training diverged; start again with another --out and a lower --lr or a "
+                             "--warmup, from the beginning or from the last.pt of this run")
         self.optimizer.step()
         self.schedule.after_update()
         if self.ema:
             self.ema.update_parameters(task.model)
         values = {term: value for term, value in values.items() if totals[term]}          # no item, no value
         return {"lr": lr, "loss": loss, **values, "grad_norm": norm}
-
-    def _way_out(self, found):
-        """What a user reads whose training has diverged; --resume would refuse another learning rate."""
-        text = f"step {self.state['step'] + 1}: {found}: training diverged; start again with a lower --lr or a --warmup"
-        if self.saved_step is None:
-            return text
-        option = "--init" if "init" in self.arguments else "--weights"
-        return f"{text}, if you like from step {self.saved_step}: {option} {self.folder / 'last.pt'} and another --out"
 
     def _save_or_stop(self):
         """Find, in all processes alike, whether there is a reason to stop; save when it is time to."""
@@ -188,7 +182,7 @@ class Trainer:
             self.save()
 
     def _end_epoch(self):
-        """Validate, advance the schedule, log, draw, save last and best."""
+        """Validate, advance the schedule, log, save last and best, draw."""
         state, task = self.state, self.task
         if time.monotonic() - self.saved_at > 60:                              # killed in validation, a run repeats that
             self.save()
@@ -208,33 +202,38 @@ class Trainer:
             self.save("best.pt")
         self.save()
         if self.world.first:
-            draw(state["rows"], self.folder / "curves.png")
+            self._draw()
 
     # ---------------------------------------------------------------------------------------- log and checkpoints
 
     def _log(self, scores):
-        """Add a row to log.csv: the means of the updates since the last row, and scores. ValueError on a full disk."""
-        state, path = self.state, self.folder / "log.csv"
+        """Add a row to log.csv: the means of the updates since the last row, and scores."""
+        state = self.state
         columns = dict.fromkeys(key for update in state["updates"] for key in update)
         means = {key: float(np.mean([update[key] for update in state["updates"] if key in update])) for key in columns}
         row = {"epoch": state["epoch"], "step": state["step"], "minutes": state["seconds"] / 60} | means | scores
         state["rows"].append({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
         state["updates"] = []
-        if not self.world.first:
-            return
-        try:
-            with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
+        if self.world.first:
+            with writing(self.folder / "log.csv") as temporary, open(temporary, "w", newline="") as file:
                 # Written whole each time: columns may be new, and a killed run leaves no half row.
                 writer = csv.DictWriter(file, dict.fromkeys(key for row in state["rows"] for key in row))
                 writer.writeheader()
                 writer.writerows(state["rows"])
+
+    def _draw(self):
+        """Draw the columns of log.csv over the steps; a picture that cannot be written costs a line, not the run."""
+        rows, path = self.state["rows"], self.folder / "curves.png"
+        columns = {key: [float(row.get(key, "nan")) for row in rows] for key in rows[-1]
+                   if not key.startswith(("epoch", "step", "minutes", "dsc_"))}
+        try:
+            curves(columns, [row["step"] for row in rows], path)
         except OSError as error:
-            raise ValueError(f"{path}: could not be written ({first_line(error)}); make room, then --resume goes on "
-                             "from the last checkpoint") from None
+            say(f"{path}: could not be written ({first_line(error)})")
 
     def save(self, name="last.pt"):
-        """Write last.pt, with all that --resume needs, or best.pt, the weights alone. ValueError if writing fails."""
-        model, path = self.task.model, self.folder / name
+        """Write last.pt, with all that --resume needs, or best.pt, the weights alone."""
+        model = self.task.model
         content = {"network": self.task.network, "model": (self.ema.module if self.ema else model).state_dict(),
                    "run": self.run, "state": self.state, "extra": self.task.extra, "command": shlex.join(sys.argv),
                    "versions": {"torch": str(torch.__version__), "numpy": np.__version__}}
@@ -244,15 +243,13 @@ class Trainer:
             if self.ema:
                 content |= {"raw": model.state_dict(), "ema": self.ema.state_dict()}
         if self.world.first:
-            try:
-                atomic_torch_save(content, path)
-            except (OSError, RuntimeError) as error:                           # torch's word for a full disk
-                raise ValueError(f"{path}: could not be written ({first_line(error)}); the one before is "
-                                 "intact") from None
-        self.saved_at, self.saved_step = time.monotonic(), self.state["step"]
+            with writing(self.folder / name) as temporary:
+                torch.save(content, temporary)
+        self.saved_at = time.monotonic()
 
     def _load(self):
-        path, saved = self.folder / "last.pt", read_last(self.folder)
+        path = self.folder / "last.pt"
+        saved = read_torch(path)
         for key, value in saved["run"].items():
             if key not in MAY_CHANGE_ON_RESUME and self.run.get(key) != value:
                 raise ValueError(f"{path}: --resume: {key.replace('_', '-')}: expected {value} as at the first start, "
@@ -263,29 +260,10 @@ class Trainer:
         if self.ema:
             self.ema.load_state_dict(saved["ema"])
         torch.set_rng_state(saved["torch_random"])
-        self.state, self.saved_step = saved["state"], saved["state"]["step"]
-        say(f"resuming at step {self.saved_step} of {self.steps}")
+        self.state = saved["state"]
+        say(f"resuming at step {self.state['step']} of {self.steps}")
 
 
 def say(text):
     """Print a line on stderr."""
     print(text, file=sys.stderr, flush=True)
-
-
-def read_last(folder):
-    """Return the content of last.pt in the folder of a run. ValueError, one line, if --resume cannot use it."""
-    path = Path(folder) / "last.pt"
-    saved = read_torch(path)
-    if not isinstance(saved, dict) or "run" not in saved:
-        raise ValueError(f"{path}: --resume: expected a checkpoint of this script with its optimiser")
-    return saved
-
-
-def draw(rows, path):
-    """Draw the columns of log.csv over the steps; a picture that cannot be written costs a line, not the run."""
-    names = [key for key in rows[-1] if not key.startswith(("epoch", "step", "minutes", "dsc_"))]
-    try:
-        columns = {name: [float(row.get(name, "nan")) for row in rows] for name in names}
-        curves(columns, [row["step"] for row in rows], path)
-    except OSError as error:
-        say(f"{path}: could not be written ({first_line(error)})")

@@ -17,7 +17,7 @@ from ..files import whole_file
 from ..inference.npz import read_case
 
 
-def file_key(path) -> str:
+def file_key(path):
     """Return the name under which data derived from an NPZ file are kept: checksum and size of images and labels.
 
     A copy or a renamed file has the same key, a changed one another. Only the zip directory is read (30 µs).
@@ -39,16 +39,17 @@ class SliceCache:
         self.folder, self.max_bytes, self.is_full = Path(folder), max_mb * 2 ** 20, False
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def image(self, case, z=0) -> np.ndarray:
-        """Return slice z as uint8 (H, W) or (H, W, 3), or the image of a 2D case as uint8 (H, W, 3)."""
-        return self.image_and_labels(case, z)[0]
+    def image_and_labels(self, case, z=0):
+        """Return slice z, or the image of a 2D case, and its labels.
 
-    def image_and_labels(self, case, z=0) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return the image and its labels, uint8 or uint16 (H, W); None for the labels of a case without `gts`."""
+        Returns:
+            image: uint8 (H, W, 3), or (H, W) in a grey volume.
+            labels: uint8 or uint16 (H, W), None for a case without `gts`.
+        """
         image, *labels = (np.array(array[z] if case.is_3d else array) for array in self._arrays(case))
         return image, labels[0] if labels else None
 
-    def objects(self, case) -> tuple[list[int], list[list[int]]]:
+    def objects(self, case):
         """Find the objects of a case; the answer is kept in the folder, for asking all volumes takes minutes.
 
         Returns:

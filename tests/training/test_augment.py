@@ -46,12 +46,12 @@ def test_what_moves_all_objects_away_is_drawn_again(monkeypatch):
 
     def lossy(image, labels, rng, mode, limit):
         drawn.append(mode)
-        return image, labels * (len(drawn) == 3 or mode == "none"), (False, False)
+        return image, labels * (len(drawn) == 3), (False, False)
 
     monkeypatch.setattr(module, "augment", lossy)
     assert draw_augmented(image, labels, None, "full", 8)[1].any() and drawn == ["full"] * 3
-    assert draw_augmented(image, labels, None, "full", 8)[1].any() and drawn[3:] == ["full"] * 9 + ["none"]
-    assert not draw_augmented(image, labels * 0, None, "full", 8)[1].any() and len(drawn) == 14
+    assert draw_augmented(image, labels, None, "full", 8)[1].any() and drawn[3:] == ["full"] * 9
+    assert not draw_augmented(image, labels * 0, None, "full", 8)[1].any() and len(drawn) == 13
 
 
 @pytest.mark.parametrize("colour", [False, True])

@@ -31,7 +31,7 @@ def test_scan_takes_what_inference_takes(tmp_path):                            #
     assert cases["2DBox_OCT_b"].modality == "OCT" and cases["3D_CT_a"].shape == (6, 24, 30)
     assert "2DBox_OCT_b" not in {case.name for case in scan_cases(tmp_path, need_masks=True)}
     cache = SliceCache(tmp_path / "cache", 10)
-    assert all(cache.image(case).dtype == np.uint8 for case in cases.values())
+    assert all(cache.image_and_labels(case)[0].dtype == np.uint8 for case in cases.values())
     write_2d(tmp_path / "only", "2D_US_x", gts=None)
     with pytest.raises(ValueError, match="expected a usable case, found none among 1"):
         scan_cases(tmp_path / "only", need_masks=True)

@@ -8,10 +8,9 @@ import torch
 from npz_files import write_2d, write_3d
 
 from medficient_mini.inference.geometry import box_of_mask, boxes_to_network, to_network
-from medficient_mini.training.augment import mask_to_network
+from medficient_mini.training.augment import Objects, mask_to_network
 from medficient_mini.training.cases import list_slices, scan_cases, with_neighbours
-from medficient_mini.training.samples import (EpochSampler, SliceDataset, embedding_path, load_embedding, make_loader,
-                                              save_embedding)
+from medficient_mini.training.samples import EpochSampler, SliceDataset, embedding_path, make_loader, save_embedding
 from medficient_mini.training.volume_cache import SliceCache
 
 IMAGE, BARE, EMPTY, VOLUME = range(4)
@@ -38,8 +37,8 @@ def same(a, b):
 
 def test_samples_depend_on_seed_epoch_and_position_alone(cases, cache):
     slices = with_neighbours(cases, list_slices(cases, cache, True))
-    options = dict(augment="full", max_boxes=2, mask_size=32, in_use=0.5, photometric=True)
-    first, again, other = (SliceDataset(cases, slices, cache, 32, "bilinear", seed=seed, **options)
+    options = dict(mode="full", objects=Objects(2, 32, 32), in_use=0.5, photometric=True)
+    first, again, other = (SliceDataset(cases, slices, cache, (32, "bilinear"), seed=seed, **options)
                            for seed in (1, 1, 2))
     assert all(same(first.sample(e, p, p % 6), again.sample(e, p, p % 6)) for e in range(2) for p in range(12))
     assert not all(same(first.sample(0, p, 0), first.sample(1, p, 0)) for p in range(6))
@@ -47,8 +46,7 @@ def test_samples_depend_on_seed_epoch_and_position_alone(cases, cache):
 
 
 def test_a_sample_without_augmentation_holds_the_image_its_boxes_and_masks(cases, cache):
-    dataset = SliceDataset(cases, [(IMAGE, 0)], cache, 128, "bilinear", max_boxes=3, mask_size=64, prompt_size=256,
-                           box_shift=0)
+    dataset = SliceDataset(cases, [(IMAGE, 0)], cache, (128, "bilinear"), Objects(3, 64, 256, shift=0))
     sample, (image, gts) = dataset[0, 0, 0], cache.image_and_labels(cases[IMAGE])
     assert torch.equal(sample["image"], to_network(image, 128)) and sample["masks"].dtype == torch.uint8
     assert sample["box_valid"].tolist() == [True, True, False]
@@ -61,20 +59,20 @@ def test_a_sample_without_augmentation_holds_the_image_its_boxes_and_masks(cases
 
 def test_volumes_are_prompted_as_in_use_and_taught_where_objects_end(cases, cache):
     slices = [(VOLUME, z) for z in range(5)]                                   # labels in slices 1 to 3
-    options = dict(max_boxes=2, mask_size=32, box_shift=0, augment="full")
-    dataset = SliceDataset(cases, slices, cache, 32, "bilinear", in_use=1.0, **options)
+    options = dict(objects=Objects(2, 32, 32, shift=0), mode="full")
+    dataset = SliceDataset(cases, slices, cache, (32, "bilinear"), in_use=1.0, **options)
     for position in range(8):
         samples = [dataset.sample(0, position, k) for k in range(5)]
         assert all(sample["box_valid"].any() for sample in samples)
         assert [bool(sample["masks"].any()) for sample in samples] == [False, True, True, True, False]
-    never = SliceDataset(cases, slices, cache, 32, "bilinear", **options)
+    never = SliceDataset(cases, slices, cache, (32, "bilinear"), **options)
     assert not never.sample(0, 0, 0)["box_valid"].any() and never.sample(0, 0, 3)["box_valid"].all()
 
 
 def test_student_and_teacher_see_the_same_image(cases, cache):
-    dataset = SliceDataset(cases, [(BARE, 0)], cache, 64, "bilinear", augment="flips", teacher_size=32,
-                           teacher_resize="area", max_boxes=1)
-    image, seen = cache.image(cases[BARE]), Counter()
+    dataset = SliceDataset(cases, [(BARE, 0)], cache, (64, "bilinear"), Objects(1, 32, 64), mode="flips",
+                           teacher_input=(32, "area"))
+    image, seen = cache.image_and_labels(cases[BARE])[0], Counter()
     for position in range(20):
         sample = dataset.sample(0, position, 0)
         for flip in [(1, 1), (1, -1), (-1, 1), (-1, -1)]:
@@ -86,18 +84,19 @@ def test_student_and_teacher_see_the_same_image(cases, cache):
 
 def test_samples_take_the_embeddings_that_are_there(cases, cache, tmp_path):
     def shares(index=IMAGE, **options):
-        dataset = SliceDataset(cases, [(index, 0)], cache, 32, "bilinear", embeddings=tmp_path, **options)
+        dataset = SliceDataset(cases, [(index, 0)], cache, (32, "bilinear"), embeddings=tmp_path, **options)
         samples = [dataset.sample(0, position, 0) for position in range(20)]
         assert all(sample["embedding"][0, 0, 0] == sample["has_embedding"] for sample in samples)
         return sum(bool(sample["has_embedding"]) for sample in samples) / 20
 
     for index in (IMAGE, BARE, EMPTY):
         save_embedding(embedding_path(tmp_path, cases[index], 0), torch.ones(256, 64, 64))
-    assert 0 < shares(augment="flips") < 0.5                                   # one of the four flips
+    assert 0 < shares(mode="flips") < 0.5                                   # one of the four flips
     assert 0 < shares(photometric=True) < 0.6                                  # three of ten are left as they are
-    assert shares(augment="full", photometric=True, plain=1.0) == 1
+    assert shares(mode="full", photometric=True, plain=1.0) == 1
     # Without a label there is no mask to learn, so with boxes such a slice is left as it is and has its target.
-    assert shares(EMPTY, augment="full", max_boxes=1) == shares(BARE, augment="full", max_boxes=1) == 1
+    options = dict(mode="full", objects=Objects(1, 32, 32))
+    assert shares(EMPTY, **options) == shares(BARE, **options) == 1
     path = embedding_path(tmp_path, cases[IMAGE], 0)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="0.npy: embedding: expected numbers"):
@@ -110,9 +109,9 @@ def test_an_embedding_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "save", full)
-    with pytest.raises(ValueError, match="0.npy: could not be written .No space left on device"):
+    with pytest.raises(ValueError, match="0.npy: could not be written .*No space left on device"):
         save_embedding(tmp_path / "case" / "0.npy", torch.zeros(256, 64, 64))
-    assert not list((tmp_path / "case").iterdir()) and load_embedding(tmp_path / "case" / "0.npy") is None
+    assert not list((tmp_path / "case").iterdir())
 
 
 def test_sampler_covers_everything_and_resumes():
@@ -133,22 +132,20 @@ def test_sampler_covers_everything_and_resumes():
 
 
 def test_ranks_together_are_one_process_and_weights_count():
-    options = dict(seed=2, weights=np.arange(1, 12), samples_per_epoch=12)
+    options = dict(seed=2, weights=np.arange(1, 12) / 66, samples_per_epoch=12)
     whole, *parts = (list(EpochSampler(11, rank=r, world=w, **options)) for r, w in ((0, 1), (0, 2), (1, 2)))
     for start in range(0, 12, 4):                                              # global batches of 4, local ones of 2
         local = [key for part in parts for key in part[start // 2:start // 2 + 2]]
         assert sorted(local) == sorted(whole[start:start + 4])
     odd = [EpochSampler(11, seed=2, rank=r, world=2) for r in range(2)]
     assert len(odd[0]) == len(odd[1]) == len(list(odd[0])) == len(list(odd[1])) == 5
-    with pytest.raises(ValueError, match="1 slices"):
-        EpochSampler(1, seed=0, world=2)
-    drawn = Counter(i for _, _, i in EpochSampler(3, seed=0, weights=np.array([4, 1, 0]), samples_per_epoch=5000))
+    drawn = Counter(i for _, _, i in EpochSampler(3, seed=0, weights=np.array([0.8, 0.2, 0]), samples_per_epoch=5000))
     assert drawn[0] == pytest.approx(4000, abs=150) and drawn[0] + drawn[1] == 5000
 
 
 def test_loader_is_the_same_with_and_without_workers(cases, cache):
     slices = list_slices(cases, cache, False)
-    dataset = SliceDataset(cases, slices, cache, 32, "bilinear", augment="flips", max_boxes=1, mask_size=32)
+    dataset = SliceDataset(cases, slices, cache, (32, "bilinear"), mode="flips", objects=Objects(1, 32, 32))
     batches = []
     for workers in (0, 2):
         sampler = EpochSampler(len(slices), seed=0)

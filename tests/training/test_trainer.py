@@ -180,7 +180,7 @@ def test_variables_of_another_launcher_are_not_believed(monkeypatch, capsys):   
     world = Distributed("cpu")
     assert (world.rank, world.size, world.first) == (0, 1, True)
     line = capsys.readouterr().err
-    assert line.count("\n") == 1 and "RANK, WORLD_SIZE" in line and "LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in line
+    assert line.count("\n") == 1 and "WORLD_SIZE" in line and "LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in line
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
@@ -238,7 +238,7 @@ def test_diverged_loss_stops_and_keeps_the_checkpoint(tmp_path):
             run.task.model[0].weight.data.fill_(math.nan)
 
     run = tiny_run(["--out", str(tmp_path)], hook=hook)
-    with pytest.raises(ValueError, match=r"step 5: loss nan.*--lr .*step 3: --weights .*last.pt and another --out"):
+    with pytest.raises(ValueError, match=r"step 5: loss nan.*another --out and a lower --lr"):
         run.fit()
     saved = read_torch(tmp_path / "last.pt")
     assert saved["state"]["step"] == 3 and all(v.isfinite().all() for v in saved["model"].values())
@@ -259,7 +259,7 @@ def no_reason(*_):
 @pytest.mark.parametrize("full", [no_space, no_space_torch, no_reason])
 def test_full_disk_keeps_the_checkpoint(tmp_path, monkeypatch, full):
     options = [*WHOLE, "--out", str(tmp_path)]
-    run = tiny_run(options, hook=lambda update: update == 4 and monkeypatch.setattr(training, "atomic_torch_save", full))
+    run = tiny_run(options, hook=lambda update: update == 4 and monkeypatch.setattr(torch, "save", full))
     with pytest.raises(ValueError, match="last.pt: could not be written.*intact") as caught:
         run.fit()
     assert "\n" not in str(caught.value) and read_torch(tmp_path / "last.pt")["state"]["step"] == 3
@@ -303,8 +303,8 @@ def test_resume_refuses_other_options_and_other_networks(tmp_path):
     (["--resume"], "no such checkpoint"),
     (["--box-shift", "-1"], "--box-shift: expected at least 0"),
     (["--box-jitter", "0.5"], "--box-jitter: expected 0 to 0.499"),
-    (["--device", "gpu"], "--device: expected auto, cpu, cuda or cuda:N, found gpu"),
-    (["--device", "cuda:99"], "--device: expected cpu or one of the"),
+    (["--device", "gpu"], "--device: expected auto, cpu.*, found gpu"),
+    (["--device", "cuda:99"], "--device: expected auto, cpu.*, found cuda:99"),
     (["--epochs", "1", "--warmup", "3"], "warm-up of 3"),
 ])
 def test_bad_options(tmp_path, options, words):

@@ -33,14 +33,14 @@ def test_cache_gives_what_the_file_holds(case, tmp_path):
 
 def test_a_copy_is_found_again_and_a_change_is_noticed(case, tmp_path, monkeypatch):
     before = SliceCache(tmp_path / "cache", 10)
-    old, objects = before.image(case, 2), before.objects(case)
+    old, objects = before.image_and_labels(case, 2)[0], before.objects(case)
     copy = read_header(shutil.copy(case.path, tmp_path / "3D_CT_other_name.npz"))
     with monkeypatch.context() as patch:
         patch.setattr(volume_cache, "read_case", lambda *a, **k: pytest.fail("the NPZ file was read again"))
         after = SliceCache(tmp_path / "cache", 10)
-        assert np.array_equal(after.image(copy, 2), old) and after.objects(copy) == objects
-        sent = pickle.dumps(after)                                             # a worker opens its own maps
-        assert len(sent) < 500 and np.array_equal(pickle.loads(sent).image(copy, 2), old)
+        assert np.array_equal(after.image_and_labels(copy, 2)[0], old) and after.objects(copy) == objects
+        sent = pickle.dumps(after)                                           # a worker opens its own maps
+        assert len(sent) < 500 and np.array_equal(pickle.loads(sent).image_and_labels(copy, 2)[0], old)
     key = file_key(case.path)
     write_3d(tmp_path / "npz", case.name, gts=np.roll(LABELS_3D, 2, axis=0))
     assert file_key(case.path) != key and SliceCache(tmp_path / "cache", 10).objects(case)[0] == [3, 4, 5]
@@ -51,7 +51,7 @@ def test_a_full_cache_or_disk_costs_speed_and_one_line(tmp_path, monkeypatch, ca
     cache = SliceCache(tmp_path / "cache", 2.5 * 2 * LABELS_3D.size / 2 ** 20)
     for case in cases * 2:                                                     # two fit
         with np.load(case.path) as arrays:
-            assert np.array_equal(cache.image(case, 3), arrays["imgs"][3])
+            assert np.array_equal(cache.image_and_labels(case, 3)[0], arrays["imgs"][3])
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 4
     assert capsys.readouterr().err.count("its size limit is reached") == 1
 
