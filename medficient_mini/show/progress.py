@@ -31,20 +31,20 @@ class ProgressBar:
 
     def __iter__(self):
         start = last = time.monotonic()
-        done = 0
+        done = reported = 0
         try:
             for item in self.iterable:
                 yield item
                 done += 1
                 if time.monotonic() - last >= (0.1 if self.terminal else 10):
-                    last = time.monotonic()
+                    last, reported = time.monotonic(), done
                     self._report(done, last - start, end="" if self.terminal else "\n")
         finally:
-            if done:
+            if self.terminal or done > reported:
                 self._report(done, time.monotonic() - start, end="\n")
 
     def _report(self, done: int, seconds: float, end: str) -> None:
-        left = seconds / done * (self.total - done)
+        left = seconds / max(done, 1) * (self.total - done)
         times = f"{timedelta(seconds=int(seconds))}, {timedelta(seconds=int(left))} left"
         line = f"{WIPE * self.terminal}{self.label} {done}/{self.total}  {times}  {self.text}"
         print(line.rstrip(), end=end, file=sys.stderr, flush=True)
