@@ -92,7 +92,7 @@ def attend(*scales: Tensor) -> Tensor:
 
 
 class FusedNeck(nn.Module):
-    """The Neck of nets/efficientvit.py with `enlarge` for its bicubic interpolation."""
+    """The Neck of nets/efficientvit.py; its sum over three scales is made in place."""
 
     def __init__(self, neck: Neck):
         super().__init__()
@@ -100,11 +100,14 @@ class FusedNeck(nn.Module):
         self.middle, self.output = neck.middle, neck.output_ops[0]
 
     def forward(self, stages: list[Tensor]) -> Tensor:     # (B, 128, h, h), (B, 256, h/2, h/2), (B, 512, h/4, h/4)
-        x = 0
+        total = None
         for conv, feature in zip(self.inputs, reversed(stages)):
-            feature = conv(feature)                                           # (B, 256, h, h)
-            x = x + (feature if feature.shape[-1] == 64 else enlarge(feature))
-        return self.output(self.middle(x))                                    # (B, 256, 64, 64)
+            if feature.shape[-1] == 64:
+                total = conv(feature, total)                                  # (B, 256, 64, 64)
+            else:
+                enlarged = enlarge(conv(feature))
+                total = enlarged if total is None else total.add_(enlarged)
+        return self.output(self.middle(total))                                # (B, 256, 64, 64)
 
 
 def enlarge(x: Tensor) -> Tensor:
