@@ -84,7 +84,8 @@ class FastSam(nn.Module):
         bf16 = precision == "bf16" or precision == "int8" and native_bf16()    # int8 leaves some layers in float
         dtype = torch.bfloat16 if bf16 else torch.float32
         with torch.inference_mode():
-            self.image_encoder = FastEncoder(model.image_encoder, dtype, model.calibration if precision == "int8" else None)
+            calibration = model.calibration if precision == "int8" else None
+            self.image_encoder = FastEncoder(model.image_encoder, dtype, calibration)
             self.decode = torch.inference_mode()(FastDecoder(model, dtype))
 
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from medficient_mini.cpu import fast
 from medficient_mini.cpu.convolutions import fold
-from medficient_mini.cpu.int8 import (LOWEST, Observer, QuantizedBlock, QuantizedConv, calibrate, choose_cases, gelu_table, main,
-                                      quantize, quantized_blocks, scale_of)
+from medficient_mini.cpu.int8 import (LOWEST, Observer, QuantizedBlock, QuantizedConv, calibrate, choose_cases,
+                                      gelu_table, main, quantize, quantized_blocks, scale_of)
 from medficient_mini.inference.checkpoint import atomic_torch_save
 from medficient_mini.inference.packing import expand_state, pack_state, quantize_rows
 from medficient_mini.nets.efficientvit import ConvLayer, FusedMBConv, MBConv, Residual
@@ -37,8 +37,10 @@ def channels_last(*shape):
 
 def some_state():
     torch.manual_seed(0)
-    return {"a.weight": torch.randn(96, 64, 3, 3) * torch.rand(96, 1, 1, 1), "a.bias": torch.randn(96), "s.scale": torch.ones(1),
-            "empty.weight": torch.zeros(64, 64), "token.weight": torch.randn(4, 256), "n.num_batches_tracked": torch.tensor(3)}
+    return {"a.weight": torch.randn(96, 64, 3, 3) * torch.rand(96, 1, 1, 1), "a.bias": torch.randn(96),
+            "s.scale": torch.ones(1),
+            "empty.weight": torch.zeros(64, 64),
+            "token.weight": torch.randn(4, 256), "n.num_batches_tracked": torch.tensor(3)}
 
 
 def test_packing_keeps_small_tensors_and_bounds_the_error(tmp_path):
