@@ -52,7 +52,7 @@ os._exit(0)"""
 
 
 def draw_case(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a case of CASES: image uint8 (H, W, 3) or volume (D, H, W), a bright square in each of the boxes (N, 4 or 6)."""
+    """Draw a case of CASES: uint8 (H, W, 3) or (D, H, W), with a bright square in each of the boxes (N, 4 or 6)."""
     depth, height, width, count = CASES[name]
     pixels = np.random.default_rng(0).integers(20, 110, (height, width), np.uint8)
     side = math.ceil(count**0.5)                                              # the squares stand in a square grid

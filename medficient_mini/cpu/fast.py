@@ -93,7 +93,7 @@ class FastEncoder(nn.Module):
     """An image encoder with fused layers: images (B, 3, S, S) float32 -> embeddings (B, 256, 64, 64) float32."""
 
     def __init__(self, encoder: nn.Module, dtype: torch.dtype, calibration: dict[str, Tensor] | None = None):
-        """`calibration`: the activation ranges of int8.py, where MBConv and fused MBConv blocks are to run in 8 bits."""
+        """`calibration`: the activation ranges of int8.py, where the MBConv blocks, fused or not, run in 8 bits."""
         super().__init__()
         shared = {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())}
         self.encoder = copy.deepcopy(encoder, shared)              # modules of its own on the same weights

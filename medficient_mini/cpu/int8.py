@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     """Write an 8-bit checkpoint; 1 with a line on stderr where the weights or cases do not serve."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-w", "--weights", required=True, help="checkpoint of an EfficientViT network")
-    parser.add_argument("--decoder-weights", help="checkpoint whose prompt encoder and mask decoder complete an encoder")
+    parser.add_argument("--decoder-weights", help="checkpoint whose decoder completes a bare encoder")
     parser.add_argument("-i", "--input", required=True, help="folder of NPZ cases to calibrate on")
     parser.add_argument("-o", "--output", required=True, type=Path, help="file to write")
     parser.add_argument("--count", type=int, default=4, help="cases of each modality to calibrate on")
