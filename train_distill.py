@@ -95,28 +95,29 @@ def claim_folder(folder, teacher_file):
         raise ValueError(f"{mark}: expected sha256 {digest} of {teacher_file}, found another; one folder per teacher")
 
 
-def read_images(cases, cache, teacher_input, wanted):
-    """The teacher's inputs, (N, 3, size, size), for a list of (case index, z, (horizontal, vertical flip))."""
-    images = [cache.image_and_labels(cases[index], z)[0][::-1 if vertical else 1, ::-1 if horizontal else 1]
-              for index, z, (horizontal, vertical) in wanted]
-    return wanted, torch.stack([to_network(np.ascontiguousarray(image), *teacher_input) for image in images])
+def read_images(cache, teacher_input, wanted):
+    """Paths and the teacher's inputs, (N, 3, size, size), of a list of (path, case, z, (horizontal, vertical flip))."""
+    images = [cache.image_and_labels(case, z)[0][::-1 if vertical else 1, ::-1 if horizontal else 1]
+              for _, case, z, (horizontal, vertical) in wanted]
+    return [path for path, *_ in wanted], torch.stack([to_network(np.ascontiguousarray(image), *teacher_input) for image in images])
 
 
 @torch.inference_mode()
 def keep_embeddings(arguments, world, cases, slices, cache, flips, label):
     """Compute the embeddings that --embeddings lacks; each process its share. The teacher is loaded only if needed."""
+    items = [(embedding_path(arguments.embeddings, cases[index], z, flip), cases[index], z, flip)
+             for index, z in slices for flip in flips]
     # Each its share first: what is there already differs from one look to the next while the others are writing.
-    mine = [(index, z, flip) for index, z in slices for flip in flips][world.rank::world.size]
-    wanted = [item for item in mine if not embedding_path(arguments.embeddings, cases[item[0]], *item[1:]).exists()]
+    wanted = [item for item in items[world.rank::world.size] if not item[0].exists()]
     if wanted:
         teacher = load_teacher(arguments, world)
-        read = partial(read_images, cases, cache, (teacher.image_size, teacher.resize))
+        read = partial(read_images, cache, (teacher.image_size, teacher.resize))
         loader = torch.utils.data.DataLoader(wanted, batch_size=4, num_workers=arguments.workers, collate_fn=read)
-        for items, images in ProgressBar(loader, len(loader), label):
+        for paths, images in ProgressBar(loader, len(loader), label):
             with world.autocast():
                 embeddings = teacher.image_encoder(world.to_device({"image": images})["image"])   # (N, 256, 64, 64)
-            for (index, z, flip), embedding in zip(items, embeddings):
-                save_embedding(embedding_path(arguments.embeddings, cases[index], z, flip), embedding)
+            for path, embedding in zip(paths, embeddings):
+                save_embedding(path, embedding)
     world.wait()
 
 
@@ -150,7 +151,8 @@ class Distillation(nn.Module):
         super().__init__()
         self.student, self.teacher, self.world, self.network = student, teacher, world, student.name
         self.model = nn.ModuleDict({"image_encoder": student.image_encoder})
-        self.validation, self.extra, self.variance = validation, statistics, float(statistics["teacher_variance"].mean())
+        self.validation, self.extra = validation, statistics
+        self.variance = float(statistics["teacher_variance"].mean())
         self.weights = {"embedding": arguments.embedding_loss}
         if arguments.mask_loss:
             self.weights = {"embedding": arguments.embedding_loss / self.variance, "mask": arguments.mask_loss}
@@ -175,8 +177,8 @@ class Distillation(nn.Module):
             means["mask"] = embedding.new_zeros(())
             if batch["box_valid"].any():
                 logits, masks = self.decode(embedding, batch)
-                cross_entropy = F.binary_cross_entropy_with_logits(logits[:, 0].float(), masks.float())
-                means["mask"] = dice_loss(logits, masks) + 4 * cross_entropy
+                pixels = F.binary_cross_entropy_with_logits(logits[:, 0].float(), masks.float(), reduction="none")
+                means["mask"] = dice_loss(logits, masks) + 4 * pixels.mean()
         return means
 
     forward = loss
@@ -223,7 +225,7 @@ def train(arguments, world):
                          "--embeddings such samples have no target")
     student = build_student(arguments)
     student_input = network_input(arguments, student)
-    resolve(arguments.teacher)                                                 # a missing one shows before the long work
+    resolve(arguments.teacher)                                                 # a missing one shows before long work
     cases, slices, val_cases, val_slices, cache = read_data(arguments, world, False, bool(arguments.decoder_weights))
     common, known, teacher = dict(embeddings=arguments.embeddings), slices, None
     if arguments.embeddings:

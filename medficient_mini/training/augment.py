@@ -15,12 +15,10 @@ def augment(image, labels, rng, mode, limit):
     Args:
         image: uint8 (H, W) or (H, W, 3).
         labels: integers (H, W).
-        rng: numpy's random generator.
         mode: "none"; "flips", of each axis with probability 0.5; or "full", flips and then, with probability 0.5, a
             shift by up to 0.0625 of the side, a scale of 0.8 to 1.2 and a rotation by up to 90 degrees
             (MedficientSAM, section 3.3).
-        limit: before shift-scale-rotate an image is shrunk to so many pixels on its longer side, more than any
-            network sees of it.
+        limit: before shift-scale-rotate an image is shrunk to so many pixels on its longer side.
 
     Returns:
         image, labels: moved.
@@ -61,12 +59,7 @@ def photometric(image, rng):
 
     Clinics' devices differ in just that. Three of ten images are returned as they are, the same array.
 
-    Args:
-        image: uint8 (H, W) or (H, W, 3) RGB.
-        rng: numpy's random generator.
-
-    Returns:
-        uint8 of the same shape; its range of values is spread to 0-255 first.
+    image uint8 (H, W) or (H, W, 3) RGB -> uint8 of the same shape; its range of values is spread to 0-255 first.
     """
     is_same, gamma, contrast, inverse, colour, blur, noise = rng.random(7) < [0.3, 0.5, 0.4, 0.1, 0.5, 0.2, 0.2]
     if is_same:
@@ -123,9 +116,7 @@ class Objects:
         """Prompt the objects of an image with their own loosened boxes.
 
         Args:
-            labels: integers (H, W), 0 for the background.
-            rng: numpy's random generator.
-            factor: so many pixels of `labels` are one of the original image.
+            labels: integers (H, W), 0 for the background; `factor` pixels of them are one of the original image.
 
         Returns:
             dict of boxes (count, 4) float32, x0 y0 x1 y1, masks (count, mask_size, mask_size) uint8 and box_valid
@@ -142,11 +133,8 @@ class Objects:
         mask. In a slice without any label all boxes reach so far.
 
         Args:
-            labels: integers (H, W) of the slice, flipped.
-            rng: numpy's random generator.
+            labels: integers (H, W) of the slice, which was flipped by `flip` (horizontally, vertically).
             objects: N lists of label and tight box x0 y0 z0 x1 y1 z1, not flipped (see `SliceCache.objects`).
-            z: the slice.
-            flip: whether the slice was flipped (horizontally, vertically).
 
         Returns:
             dict as that of `draw`.

@@ -58,17 +58,11 @@ def split_cases(cases, val_fraction, seed, patient_pattern=None):
     Each modality gives `val_fraction` of its patients, rounded, but at least one, and keeps at least one. Where all
     cases are of one patient they are split one by one.
 
-    Args:
-        cases: list of npz.Header.
-        val_fraction: 0 to 1.
-        seed: the same cases and seed give the same split.
-        patient_pattern: a regular expression for `patient_of`; without one the patient is guessed from the file name.
-
     Returns:
-        training cases, validation cases: lists; both hold a case if there are two.
+        training cases, validation cases: lists of npz.Header; both hold a case if there are two.
 
     Raises:
-        ValueError: one line; the pattern does not match a name.
+        ValueError: one line; `patient_pattern`, a regular expression for `patient_of`, does not match a name.
     """
     patients = [patient_of(case.path, patient_pattern) for case in cases]
     if len(set(patients)) == 1:
@@ -111,16 +105,9 @@ def describe_patients(cases, patient_pattern=None):
 
 
 def list_slices(cases, cache, labelled_only, strict=False):
-    """List the slices of all cases in order.
+    """List the slices of all cases in order, (index of the case, z), or those with a label alone.
 
-    Args:
-        cases: list of npz.Header.
-        cache: the SliceCache, which then holds every volume if `labelled_only` is set.
-        labelled_only: leave out the slices, and 2D images, that hold no label.
-        strict: stop at a case that cannot be read instead of leaving it out with one line on stderr.
-
-    Returns:
-        list of (index of the case, z).
+    A case whose labels cannot be read is left out with one line on stderr, or stops the run if `strict` is set.
     """
     if labelled_only:
         found = [objects[0] if objects else [] for objects in _each(cache.objects, cases, "reading labels", strict)]
@@ -139,10 +126,8 @@ def balance_weights(cases, slices, power=0.5):
     """Weigh slices so that modality, then case, then slice is drawn, and volumes do not drown images.
 
     A modality is drawn with probability proportional to (its number of cases) ** power (1: as it comes, 0: all
-    modalities alike), within it every case alike, within a case every slice alike.
-
-    Returns:
-        float64 (number of slices,), summing to 1.
+    modalities alike), within it every case alike, within a case every slice alike. Returns float64 (number of
+    slices,), of sum 1.
     """
     slices_of = Counter(index for index, _ in slices)
     cases_of = Counter(cases[index].modality for index in slices_of)

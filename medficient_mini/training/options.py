@@ -39,34 +39,34 @@ def common_parser(doc, **defaults):
     add("--val-fraction", type=float, default=0.1, help="part of the patients for validation (default: %(default)s)")
     add("--patient", metavar="REGEX", help="what in a file's name tells the patient: the first group or the whole "
         "match (default: guessed, e.g. P001 of P001_slice01)")
-    add("--val-limit", type=int, default=200, metavar="N", help="validate on at most N slices (default: %(default)s)")
+    add("--val-limit", type=int, default=200, help="validate on at most N slices (default: %(default)s)")
     add("--strict", action="store_true", help="stop at a bad file instead of skipping it")
-    add("--limit-samples", type=int, metavar="N", help="train on N slices drawn at random")
-    add("--samples-per-epoch", type=int, metavar="N", help="length of an epoch (default: every slice once)")
+    add("--limit-samples", type=int, help="train on N slices drawn at random")
+    add("--samples-per-epoch", type=int, help="length of an epoch (default: every slice once)")
     add("--balance", type=float, nargs="?", const=0.5, metavar="POWER", help="draw modalities in proportion to (number "
         "of cases) ** POWER, within one every case alike (POWER without a number: 0.5; off by default)")
     add("--cache", default="runs/cache", metavar="DIR", help="unpacked volumes (default: %(default)s)")
     add("--cache-mb", type=int, default=20000, help="size limit of --cache in MiB (default: %(default)s)")
     add("--size", type=int, metavar="PIXELS", help="side of the network's input (default: the network's own); a "
         "smaller multiple of 32 makes cheap early epochs of the EfficientViT networks")
-    add("--boxes", type=int, metavar="N", help="objects drawn per image (default: %(default)s)")
+    add("--boxes", type=int, help="objects drawn per image (default: %(default)s)")
     add("--box-shift", type=int, default=5, metavar="PIXELS", help="largest outward shift of a box's side (default: 5)")
     add("--box-jitter", type=float, default=0.0, metavar="PART", help="and shift either way by up to this part of the "
         "box's side, below 0.5 (default: 0)")
     add("--in-use", type=float, default=0.0, metavar="PART", help="part of the samples of volumes whose boxes are "
-        "those that inference gives each slice, sometimes beyond the object's end, where the mask is empty (default: 0)")
+        "those that inference gives each slice, sometimes beyond the object's end, where masks are empty (default: 0)")
     add("--photometric", action="store_true", help="also change brightness, contrast, sharpness, noise, colours")
     add = parser.add_argument_group("optimisation").add_argument
     add("--bs", type=int, help="batch size of each process (default: %(default)s)")
-    add("--accumulate", type=int, default=1, metavar="N", help="add the gradients of N batches for one update")
+    add("--accumulate", type=int, default=1, help="add the gradients of N batches for one update")
     add("--epochs", type=int, default=8, help="default: %(default)s")
-    add("--steps", type=int, metavar="N", help="stop after N updates instead of --epochs")
+    add("--steps", type=int, help="stop after N updates instead of --epochs")
     add("--lr", type=float, help="learning rate (default: %(default)s)")
     add("--weight-decay", type=float, help="default: %(default)s")
     add("--decay-matrices-only", action="store_true", help="no weight decay on biases and norms")
     add("--schedule", choices=("plateau", "halve", "cosine"), help="plateau: halve after an epoch without gain; halve: "
         "after each epoch; cosine: to zero over all updates (default: %(default)s)")
-    add("--warmup", type=int, default=0, metavar="STEPS", help="linear rise of the learning rate, with cosine")
+    add("--warmup", type=int, default=0, help="linear rise of the learning rate, with cosine")
     add("--clip", type=float, default=0.5, help="largest gradient norm (default: %(default)s)")
     add("--average", "--ema", dest="ema", type=float, metavar="DECAY", help="validate and write an exponential moving "
         "average of the weights, e.g. 0.999")
@@ -74,9 +74,9 @@ def common_parser(doc, **defaults):
     add = parser.add_argument_group("run").add_argument
     add("-o", "--out", metavar="DIR", help="folder of checkpoints and log (default: %(default)s)")
     add("--resume", action="store_true", help="go on from OUT/last.pt; give the other options as before")
-    add("--minutes", type=float, metavar="M", help="stop after M minutes, saved; --resume goes on")
-    add("--save-minutes", type=float, default=10, metavar="M", help="time between checkpoints (default: %(default)s)")
-    add("--log-steps", type=int, default=50, metavar="N", help="updates per row of log.csv (default: %(default)s)")
+    add("--minutes", type=float, help="stop after M minutes, saved; --resume goes on")
+    add("--save-minutes", type=float, default=10, help="time between checkpoints (default: %(default)s)")
+    add("--log-steps", type=int, default=50, help="updates per row of log.csv (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (default: a GPU where there is one)")
     add("--amp", choices=("auto", "off"), default="auto", help="auto: bfloat16 where the hardware has it")
     add("--threads", type=int, help="CPU threads of each process")
@@ -124,10 +124,9 @@ def start(arguments):
     if arguments.warmup and arguments.schedule != "cosine":
         raise ValueError(f"--warmup: needs --schedule cosine, found {arguments.schedule}")
     last = Path(arguments.out) / "last.pt"
-    if arguments.resume and not last.is_file():
-        raise ValueError(f"{last}: --resume: no such checkpoint")
-    if not arguments.resume and last.exists():
-        raise ValueError(f"{last}: holds an earlier run; continue it with --resume or name another --out")
+    if arguments.resume != last.is_file():
+        raise ValueError(f"{last}: --resume: no such checkpoint" if arguments.resume else
+                         f"{last}: holds an earlier run; continue it with --resume or name another --out")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     keep_memory()
@@ -213,13 +212,13 @@ def draw_slices(cases, slices, count, seed, power=None):
 
 def make_sampler(arguments, world, cases, slices):
     """Return an EpochSampler over the slices, balanced if asked. ValueError when they do not fill a batch."""
-    batch = arguments.bs * world.size * arguments.accumulate
-    total = arguments.samples_per_epoch or len(slices)
-    if batch > min(total, len(slices)):
-        raise ValueError(f"--bs: expected at most the {len(slices)} slices and the {total} samples of an epoch, found "
-                         f"{batch} samples in an update")
     weights = None if arguments.balance is None else balance_weights(cases, slices, arguments.balance)
-    return EpochSampler(len(slices), arguments.seed, world.rank, world.size, weights, arguments.samples_per_epoch)
+    sampler = EpochSampler(len(slices), arguments.seed, world.rank, world.size, weights, arguments.samples_per_epoch)
+    batch = arguments.bs * world.size * arguments.accumulate
+    if batch > min(sampler.n, sampler.total):
+        raise ValueError(f"--bs: expected at most the {sampler.n} slices and the {sampler.total} samples of an epoch, "
+                         f"found {batch} samples in an update")
+    return sampler
 
 
 # ------------------------------------------------------------------------------------------------------- validation

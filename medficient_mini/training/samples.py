@@ -25,7 +25,7 @@ def writing(path):
     try:
         with whole_file(path) as temporary:
             yield temporary
-    except (OSError, RuntimeError) as error:                                   # the latter is torch's word for a full disk
+    except (OSError, RuntimeError) as error:                                   # torch's word for a full disk
         raise ValueError(f"{path}: could not be written ({first_line(error)}); the one before is intact. Make room, "
                          "then the same command goes on, a run that has trained with --resume") from None
 
@@ -151,9 +151,9 @@ class EpochSampler(torch.utils.data.Sampler):
 
     Without weights the indices are one endless stream of random permutations of range(n), cut into epochs of
     `samples_per_epoch` (default n), so that short epochs together still see every slice. With weights, (n,) and of sum
-    1, they are drawn with replacement. Of `world` processes, process `rank` takes positions rank, rank + world, ...: together the
-    batches of b of all processes hold what a single process would put into a batch of b * world. All processes get
-    equally many; a remainder of the epoch is left out.
+    1, they are drawn with replacement. Of `world` processes, process `rank` takes positions rank, rank + world, …:
+    batches of b of all processes together are what one process would put into a batch of b * world. All get equally
+    many; a remainder of the epoch is left out.
     """
 
     def __init__(self, n, seed, rank=0, world=1, weights=None, samples_per_epoch=None):

@@ -17,7 +17,6 @@ task, that is a small torch module with
 import csv
 import itertools
 import math
-import shlex
 import signal
 import sys
 import time
@@ -184,7 +183,7 @@ class Trainer:
     def _end_epoch(self):
         """Validate, advance the schedule, log, save last and best, draw."""
         state, task = self.state, self.task
-        if time.monotonic() - self.saved_at > 60:                              # killed in validation, a run repeats that
+        if time.monotonic() - self.saved_at > 60:                              # a run killed in validation repeats that
             self.save()
         began = time.monotonic()
         model = self.ema.module if self.ema else task.model
@@ -235,8 +234,7 @@ class Trainer:
         """Write last.pt, with all that --resume needs, or best.pt, the weights alone."""
         model = self.task.model
         content = {"network": self.task.network, "model": (self.ema.module if self.ema else model).state_dict(),
-                   "run": self.run, "state": self.state, "extra": self.task.extra, "command": shlex.join(sys.argv),
-                   "versions": {"torch": str(torch.__version__), "numpy": np.__version__}}
+                   "run": self.run, "state": self.state, "extra": self.task.extra}
         if name == "last.pt":
             content |= {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
                         "torch_random": torch.get_rng_state()}

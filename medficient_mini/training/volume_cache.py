@@ -2,8 +2,7 @@
 
 A volume's arrays are unpacked once to .npy files and read through memory maps from then on: a slice costs a fraction
 of a millisecond however random the order is, all worker processes share the pages, and a restarted run finds the
-files again. (Taking several slices from each opened volume instead would put similar slices into one batch and pay
-for the decompression again in every epoch.)
+files again.
 """
 import json
 import sys

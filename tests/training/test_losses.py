@@ -60,7 +60,7 @@ def test_embedding_mse_and_its_weights():
     assert embedding_mse(pred, target).item() == pytest.approx(F.mse_loss(pred, target).item(), rel=1e-6)
     weighted = embedding_mse(pred, target, torch.tensor([1.0, 0.0, 3.0]))
     assert weighted.item() == pytest.approx(((per_sample[0] + 3 * per_sample[2]) / 4).item(), rel=1e-5)
-    assert embedding_mse(pred, target, torch.zeros(3)) == 0
+    assert embedding_mse(pred, target, torch.zeros(3, dtype=torch.bool)) == 0
 
 
 def test_a_target_of_weight_zero_leaves_the_gradients_alone():                             # fault 2
