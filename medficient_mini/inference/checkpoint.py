@@ -5,7 +5,7 @@
 | `medsam_vit_b.pth`, `lite_medsam.pth`, EfficientViT-SAM `l0.pt` `l1.pt` `l2.pt` | plain state dict | whole model |
 | training snapshots of LiteMedSAM and MedSAM, ours | `{"model": {…}, …}` | whole model, or our distilled encoder |
 | MedficientSAM fine-tuned (Lightning) | `{"state_dict": {"model.…"}}` | whole model |
-| ours, 8 bits (cpu/quantize.py, packing.py) | `{"model": {…}, "calibration": {…}}` | whole model |
+| ours, 8 bits (cpu/int8.py, packing.py) | `{"model": {…}, "calibration": {…}}` | whole model |
 | MedficientSAM distilled (Lightning) | `{"state_dict": {"student_encoder.…", "teacher_encoder.…"}}` | encoder only |
 
 Files are opened with `weights_only=True`: code in them is never run.
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..files import first_line, stray_kind, whole_file
 from ..machine import return_memory
@@ -27,6 +28,15 @@ LITE_MEDSAM_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c30
 ENCODER = "image_encoder."
 DEFAULT = Path(__file__).parents[1] / "weights" / "medficientsam_l1.pth"
 WRAPPERS = re.compile(r"^((_orig_mod|module|model|net)\.)+|_orig_mod\.")    # what training puts before their names
+
+
+class NoRandomStart(TorchFunctionMode):
+    """Leave out normal random numbers: for them, on the device "meta", torch imports sympy (1 s and 130 MB)."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        if function is torch.nn.init.normal_:
+            return options["tensor"]
+        return (torch.empty if function is torch.randn else function)(*arguments, **(options or {}))
 
 
 def find_lite_medsam() -> Path:
@@ -188,7 +198,7 @@ def load_model(weights: str | Path | None = None, decoder_weights: str | Path | 
     if all(key.startswith(ENCODER) for key in state):
         raise ValueError(f"{path}: weights: expected a whole network, found an image encoder alone; name a file with "
                          "prompt encoder and mask decoder: --decoder-weights FILE (MedSAM's or LiteMedSAM's)")
-    with torch.device("meta"):                                   # shapes only: no memory, no random weights
+    with torch.device("meta"), NoRandomStart():                                   # shapes only: no memory, no random weights
         model = build_sam(name)
     load_strictly(model, state, path)
     model.calibration = content.get("calibration")               # the activation ranges that int8 needs
