@@ -62,7 +62,7 @@ class FusedResidual(nn.Module):
 
 
 class FusedLiteMLA(nn.Module):
-    """The LiteMLA of nets/efficientvit.py on channels-last maps; the attention itself stays in float32."""
+    """The LiteMLA of nets/efficientvit.py and the sum with its input; the attention itself stays in float32."""
 
     def __init__(self, plain: LiteMLA, dtype: torch.dtype):
         super().__init__()
@@ -70,12 +70,13 @@ class FusedLiteMLA(nn.Module):
         self.aggregate = nn.Sequential(*(FusedConv(conv, None, None, dtype) for conv in plain.aggreg[0]))
         self.proj = FusedConv(plain.proj.conv, plain.proj.norm, None, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:                                   # (B, C, H, W)
+    def forward(self, x: Tensor) -> Tensor:                                   # (B, C, H, W), unchanged
         qkv = self.qkv(x)                                                     # (B, 3C, H, W)
         aggregate = self.aggregate(qkv)
         with torch.autocast("cpu", enabled=False):
-            out = attend(qkv, aggregate)
-        return self.proj(out)                                                 # (B, C, H, W)
+            out = attend(qkv, aggregate)                                      # (B, 2C, H, W)
+        # Between 8-bit blocks the stream stays in float32; the convolution would round it to its own type.
+        return self.proj(out, x) if x.dtype == self.proj.dtype else x + self.proj(out)
 
 
 def attend(*scales: Tensor) -> Tensor:
@@ -134,11 +135,11 @@ def fuse(module: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, FusedConv(child.conv, child.norm, child.act, dtype))
         elif isinstance(child, ConvBN):
             setattr(module, name, FusedConv(child.c, child.bn, None, dtype))
-        elif isinstance(child, LiteMLA):
-            setattr(module, name, FusedLiteMLA(child, dtype))
+        elif isinstance(child, Residual) and isinstance(child.main, LiteMLA):
+            setattr(module, name, FusedLiteMLA(child.main, dtype))
         else:
             fuse(child, dtype)
-            if isinstance(child, Residual) and child.shortcut and not isinstance(child.main, FusedLiteMLA):
+            if isinstance(child, Residual) and child.shortcut:
                 setattr(module, name, FusedResidual(child.main))
             elif isinstance(child, Neck):
                 setattr(module, name, FusedNeck(child))
