@@ -97,9 +97,11 @@ def claim_folder(folder, teacher_file):
 
 def read_images(cache, teacher_input, wanted):
     """Paths and the teacher's inputs, (N, 3, size, size), of a list of (path, case, z, (horizontal, vertical flip))."""
-    images = [cache.image_and_labels(case, z)[0][::-1 if vertical else 1, ::-1 if horizontal else 1]
-              for _, case, z, (horizontal, vertical) in wanted]
-    return [path for path, *_ in wanted], torch.stack([to_network(np.ascontiguousarray(image), *teacher_input) for image in images])
+    images = []
+    for _, case, z, (horizontal, vertical) in wanted:
+        image = cache.image_and_labels(case, z)[0][::-1 if vertical else 1, ::-1 if horizontal else 1]
+        images.append(to_network(np.ascontiguousarray(image), *teacher_input))
+    return [path for path, *_ in wanted], torch.stack(images)
 
 
 @torch.inference_mode()
