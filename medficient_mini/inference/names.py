@@ -3,25 +3,28 @@ import re
 from pathlib import Path
 
 PREFIX = re.compile(r"[23]D(Box)?_[^_.]+_")                  # dimension and modality, as in 3D_CT_STS_001
-SLICE = re.compile(r"(?<![a-z])(slice|slc|sl|frame|layer|z)[-_ ]*\d+.*", re.IGNORECASE)
-# A field that counts patients, shortest head first, before fields that count slices or name one side of a pair.
-# Numbers behind a data set's name must not be a year or the end of a word (ISIC_2017_0001, COVID-19_001).
+SLICE = re.compile(r"(?<![a-z])(slice|slc|sl|frame|layer|z)[-_ ]*\d+.*|-(image|img)[-_ ]*\d+$", re.IGNORECASE)
+BARE = re.compile(r"(image|img|im)?[-_ ]*\d+", re.IGNORECASE)
+# The shortest beginning that ends with a word for a patient and its number or letter, whatever follows, or with a
+# field that counts patients before fields that count slices or name one side of a pair. Numbers behind a data set's
+# name must not be a year or the end of a word (ISIC_2017_0001, D2020_001, COVID-19_001).
 NUMBERED = re.compile(r"""
-    ( (?: .*?[-_] )?
-      (?: (?: ^ | (?<=[-_]) ) (?: pt|pat|patient|case|sub|subj|subject|id|vol|volume|img|image|scan|study ) [-_]? \d+
-        | (?: ^ | (?<=[-_]) ) [a-z] \d{2,}
-        | ^ \d+
-        | (?<=_) (?! (?:19|20)\d\d[-_] ) \d+
-        | (?<=-) (?! (?:19|20)\d\d[-_] ) \d{3,} ) )
-    (?: [-_] (?: [a-z]*\d+ | l | r | left | right | od | os ) )+""", re.IGNORECASE | re.VERBOSE)
+    ( .*? (?: (?<![^-_ ]) (?: pt|pat|patient|case|sub|subj|subject|p ) (?: [-_ ]?\d+ | (?-i: [A-Z] ) ) (?= [-_ ] )
+        | (?: (?<![^-_]) (?: id|vol|volume|img|image|scan|study|video|vid|seq ) [-_]? \d+
+            | (?<![^-_]) [a-z] (?! (?:19|20)\d\d[-_] ) \d{2,}
+            | ^ \d+
+            | (?<=_) (?! (?:19|20)\d\d[-_] ) \d+
+            | (?<=-) (?! (?:19|20)\d\d[-_] ) \d{3,} )
+          (?= (?: [-_] (?: [a-z]*\d+ | l | r | left | right | od | os ) )+ $ ) ) )""", re.IGNORECASE | re.VERBOSE)
 
 
 def patient_of(name: str, pattern: str | None = None) -> str:
     """Guess the key that all files of one patient share, from a file name with or without folder and ending.
 
     2D_CT_CURVAS_10001-458 and 2D_CT_CURVAS_10001-509 are slices of CURVAS_10001; 3D_CT_STS_001 and 3D_PET_STS_001 are
-    STS_001 in two modalities; P001_slice01 is P001. A name without a slice number is a patient of its own. A file
-    named after its slice alone belongs to its folder: patient1/slice_01 to patient1.
+    STS_001 in two modalities; P001_slice01 is P001. A name without a slice number is a patient of its own, and so
+    is one that may as well count patients: anna-01, like COVID-01. A file named after its slice alone belongs to its
+    folder: patient1/slice_01, patient1/2D_CT_001 and patient1/image001 to patient1.
 
     Args:
         name: file name or path.
@@ -42,6 +45,7 @@ def patient_of(name: str, pattern: str | None = None) -> str:
             raise ValueError(f"{path.name}: patient: expected a name that {pattern!r} matches")
         return found[found.re.groups > 0]
     rest = PREFIX.sub("", stem, count=1) if PREFIX.match(stem) else stem
-    rest = SLICE.sub("", rest).rstrip("-_ ") or path.parent.name or rest
-    numbered = NUMBERED.fullmatch(rest)
+    named = "" if BARE.fullmatch(rest) else SLICE.sub("", rest).rstrip("-_ ")
+    rest = named or path.parent.name or rest
+    numbered = NUMBERED.match(rest)
     return numbered[1] if numbered else rest
