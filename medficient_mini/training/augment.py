@@ -28,7 +28,8 @@ def augment(image, labels, rng, mode, limit):
         return image, labels, (False, False)
     flip = tuple((rng.random(2) < 0.5).tolist())
     axes = tuple(np.flatnonzero(flip[::-1]))                                   # rows are axis 0
-    image, labels = np.ascontiguousarray(np.flip(image, axes)), np.ascontiguousarray(np.flip(labels, axes))
+    # Copies, since torch takes no negative strides, which np.ascontiguousarray leaves an axis of length 1.
+    image, labels = np.flip(image, axes).copy(), np.flip(labels, axes).copy()
     if mode == "flips" or rng.random() >= 0.5:
         return image, labels, flip
     if max(labels.shape) > limit:

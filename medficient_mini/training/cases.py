@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from ..inference.names import PREFIX, patient_of
+from ..inference.names import patient_of
 from ..inference.npz import list_cases, read_header
 from ..show.progress import ProgressBar
 
@@ -89,31 +89,43 @@ def split_cases(cases, val_fraction, seed, patient_pattern=None):
 
 
 def describe_patients(cases, patient_pattern=None):
-    """Return "N patients in M cases", with a warning where the guess seems to have taken slices for patients."""
-    count = len({patient_of(case.path, patient_pattern) for case in cases})
-    line, alike = f"{count} patients in {len(cases)} cases", {}
-    if count < len(cases) or patient_pattern is not None:
+    """Return "N patients in M cases", with a warning where the guess may have split patients or joined several."""
+    counts = Counter(patient_of(case.path, patient_pattern) for case in cases)
+    line, alike = f"{len(counts)} patients in {len(cases)} cases", {}
+    largest, most = counts.most_common(1)[0]
+    if most > max(1, len(cases) / 2) and (patient_pattern is None or len(counts) == 1):
+        how = " and are split one by one" if len(counts) == 1 else ""
+        return (f"{line}; warning: {most} cases count as one patient ({largest}){how}: if they are of several, say so "
+                "with --patient REGEX, or validation sees patients of training")
+    if patient_pattern is not None:
         return line
-    for case in cases:
-        beginning = re.sub(r"([-_ ][^-_ ]*|\d+)$", "", PREFIX.sub("", case.name))
-        other = alike.setdefault(beginning, case.name)
-        if beginning and other != case.name:
-            return (f"{line}; warning: each case counts as a patient, though names begin alike ({other} and "
-                    f"{case.name}): if those are of one patient, say so with --patient REGEX, or validation sees "
-                    "patients of training")
+    for patient, count in counts.items():
+        beginning = re.sub(r"([-_ ][^-_ ]*|\d+)$", "", patient)
+        if count == 1 and beginning:
+            alike.setdefault(beginning, []).append(patient)
+    groups = [names for names in alike.values() if len(names) > 1]
+    if sum(map(len, groups)) > len(cases) / 2:
+        return (f"{line}; warning: most cases count as patients of their own, though names begin alike "
+                f"({groups[0][0]} and {groups[0][1]}): if those are of one patient, say so with --patient REGEX, or "
+                "validation sees patients of training")
     return line
 
 
 def list_slices(cases, cache, labelled_only, strict=False):
     """List the slices of all cases in order, (index of the case, z), or those with a label alone.
 
-    A case whose labels cannot be read is left out with one line on stderr, or stops the run if `strict` is set.
+    Each case is read once. One that cannot be is left out with one line on stderr, or stops the run if `strict` is set.
     """
-    if labelled_only:
-        found = [objects[0] if objects else [] for objects in _each(cache.objects, cases, "reading labels", strict)]
-    else:
-        found = [range(case.shape[0] if case.is_3d else 1) for case in cases]
-    return [(index, z) for index, slices in enumerate(found) for z in slices]
+    def slices_of(case):
+        labelled = cache.objects(case)[0]
+        if labelled_only:
+            return labelled
+        if not case.has_gts:                                                   # then `objects` has read nothing
+            cache.image_and_labels(case)
+        return range(case.shape[0] if case.is_3d else 1)
+
+    found = _each(slices_of, cases, "reading cases", strict)
+    return [(index, z) for index, slices in enumerate(found) for z in slices or ()]
 
 
 def with_neighbours(cases, slices):

@@ -21,7 +21,7 @@ from .cases import balance_weights, describe_patients, list_slices, scan_cases, 
 from .distributed import Distributed
 from .samples import EpochSampler
 from .trainer import Trainer, say
-from .volume_cache import SliceCache
+from .volume_cache import SliceCache, file_key
 
 
 def common_parser(doc, **defaults):
@@ -184,13 +184,18 @@ def read_data(arguments, world, labelled, val_labelled):
 
 
 def outside_validation(cases, val_cases, arguments):
-    """Leave out of the cases of --data those that --val holds too, and the other files of their patients."""
-    held = {case.path.resolve() for case in val_cases}
-    patients = {patient_of(case.path, arguments.patient) for case in cases if case.path.resolve() in held}
+    """Leave out of the cases of --data those of patients that --val holds, by their name or by a copy of a file.
+
+    A patient who is a number alone is another one in another folder, so that copies alone tell.
+    """
+    held = {file_key(case.path) for case in val_cases}
+    patients = {patient_of(case.path, arguments.patient) for case in val_cases}
+    patients = {patient for patient in patients if not patient.isdigit()}
+    patients |= {patient_of(case.path, arguments.patient) for case in cases if file_key(case.path) in held}
     left = [case for case in cases if patient_of(case.path, arguments.patient) not in patients]
-    if patients:
-        say(f"{arguments.val}: lies inside {arguments.data}: {len(cases) - len(left)} cases of {len(patients)} "
-            "patients are for validation alone")
+    if len(left) < len(cases):
+        say(f"{arguments.val}: holds the patients of {len(cases) - len(left)} cases of {arguments.data}, which are not "
+            "trained on")
     if not left:
         raise ValueError(f"{arguments.data}: --data: expected cases of patients that --val does not hold, found none")
     return left

@@ -21,6 +21,14 @@ def test_flips_move_image_and_labels_together():
     assert len(seen) == 4
 
 
+@pytest.mark.parametrize("shape", [(20, 1), (1, 20), (1, 1), (1, 20, 3)])
+def test_an_image_one_pixel_wide(shape):                                       # fault 3
+    for seed in range(9):
+        moved, labels, _ = augment(np.zeros(shape, np.uint8), np.ones(shape[:2], np.uint8), np.random.default_rng(seed),
+                                   "full", 512)
+        assert moved.shape == shape and labels.shape == shape[:2]
+
+
 @pytest.mark.parametrize("channels, limit", [((), 512), ((3,), 50)])
 def test_rotation_moves_image_and_labels_together(channels, limit):
     labels = np.zeros((80, 100), np.uint8)

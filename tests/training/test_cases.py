@@ -2,6 +2,7 @@
 import io
 import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,13 @@ def test_slices_of_a_patient_stay_on_one_side(names, pattern):
 
 def test_a_warning_where_slices_may_count_as_patients():                       # fault 20
     line = describe_patients(headers("2D_US_anna-left", "2D_US_anna-right", "2D_US_bert"))
-    assert line.startswith("3 patients in 3 cases; warning:") and "2D_US_anna-left and 2D_US_anna-right" in line
+    assert line.startswith("3 patients in 3 cases; warning: most") and "anna-left and anna-right" in line
+    line = describe_patients(headers("2D_US_anna-1", "2D_US_anna-2", "2D_US_anna-3", "2D_US_P9_z1", "2D_US_P9_z2"))
+    assert line.startswith("4 patients in 5 cases; warning: most")
+    line = describe_patients(headers("2D_US_0001", "2D_US_0002"))              # in a folder named x
+    assert line.startswith("1 patients in 2 cases; warning: 2 cases count as one patient (x) and are split one by one")
+    line = describe_patients(headers("2D_US_0001", "2D_US_0002", "2D_US_0003", "2D_US_anna", "2D_US_bert"))
+    assert line.startswith("3 patients in 5 cases; warning: 3 cases count as one patient (x): if")
     assert describe_patients(headers("2D_US_anna", "2D_US_bert")) == "2 patients in 2 cases"
     with pytest.raises(ValueError, match="expected a name that"):
         split_cases(headers("2D_US_a", "2D_US_b"), 0.5, 0, r"(q\d)")
@@ -103,13 +110,16 @@ def test_slices_with_labels_their_neighbours_and_a_damaged_file(tmp_path, capsys
     write_2d(tmp_path / "npz", "2D_US_empty", labels=0)
     write_3d(tmp_path / "npz", "3D_CT_c")
     cases, cache = scan_cases(tmp_path / "npz"), SliceCache(tmp_path / "cache", 10)
-    assert list_slices(cases, cache, False) == [(0, 0), (1, 0), (2, 0)] + [(3, z) for z in range(6)]
+    assert list_slices(cases, cache, False) == [(0, 0), (2, 0)] + [(3, z) for z in range(6)]          # faults 7 and 8
+    assert capsys.readouterr().err.count("2D_US_damaged.npz: file: expected a whole NPZ archive") == 1
     labelled = list_slices(cases, cache, True)
     assert labelled == [(0, 0), (3, 1), (3, 2), (3, 3)]
     assert capsys.readouterr().err.count("2D_US_damaged.npz: file: expected a whole NPZ archive") == 1
     assert with_neighbours(cases, labelled[::-1]) == [(0, 0)] + [(3, z) for z in range(5)]
     with pytest.raises(ValueError, match="2D_US_damaged.npz"):
         list_slices(cases, cache, True, strict=True)
+    unlabelled = [replace(case, has_gts=False) for case in cases[:2]]
+    assert list_slices(unlabelled, cache, False) == [(0, 0)]
 
 
 def test_balance_draws_modality_then_case_then_slice():

@@ -1,6 +1,7 @@
 """The two training scripts end to end on tiny cases and tiny networks."""
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+
+from npz_files import write_2d
 
 import train_distill
 import train_finetune
@@ -147,10 +150,40 @@ def test_validation_cases_inside_the_data_are_not_trained_on(bench, tmp_path, ca
     options = common(bench, tmp_path / "out", "--data", tmp_path, "--weights", bench / "teacher.pth", "--bs", 99)
     assert call(train_finetune, *options, "--val", tmp_path / "val") == 1
     err = capsys.readouterr().err
-    assert "val: lies inside" in err and ": 2 cases of 1 patients" in err
+    assert "val: holds the patients of 2 cases of" in err
     assert err.splitlines()[-1].startswith("--bs: expected at most the 5 slices")         # those of P002 and P003
     assert call(train_finetune, *options, "--val", tmp_path) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"{tmp_path}: --data: expected cases of patients that --val")
+
+
+def test_patients_of_validation_elsewhere_are_not_trained_on(bench, tmp_path, capsys):     # fault 21
+    """A slice of P001 and a copy of P002's file under another name; a number alone is no patient of another folder."""
+    disc_case(tmp_path, "P001_slice77", (20, 20), 7)
+    shutil.copy(bench / "cases" / "3D_MR_P002.npz", tmp_path / "3D_MR_copy.npz")
+    options = common(bench, tmp_path / "out", "--val", tmp_path, "--weights", bench / "teacher.pth", "--bs", 99)
+    assert call(train_finetune, *options) == 1
+    err = capsys.readouterr().err
+    assert ": holds the patients of 3 cases of" in err and "at most the 2 slices" in err  # those of P003
+    for folder, name in (("a", "2D_US_10001-1"), ("a", "2D_US_10001-2"), ("b", "2D_US_10001-3"), ("b", "2D_US_10002-3")):
+        write_2d(tmp_path / folder, name, seed=int(name[-1]))
+    assert call(train_finetune, *options, "--data", tmp_path / "a", "--val", tmp_path / "b") == 1
+    err = capsys.readouterr().err
+    assert "holds the patients" not in err and "at most the 2 slices" in err
+
+
+def test_a_damaged_image_costs_distillation_one_line(bench, tmp_path, capsys):             # faults 7 and 8
+    for i in range(3):
+        write_2d(tmp_path, f"2D_US_{'abc'[i]}", seed=i, gts=None)
+    raw = bytearray((tmp_path / "2D_US_b.npz").read_bytes())
+    raw[3000:3100] = bytes(100)
+    (tmp_path / "2D_US_b.npz").write_bytes(raw)
+    options = common(bench, tmp_path / "out", "--data", tmp_path, "--student", "l0", "--teacher", bench / "teacher.pth",
+                     "--bs", 99, "--val-fraction", 0.3)
+    assert call(train_distill, *options) == 1
+    err = capsys.readouterr().err
+    assert err.count("2D_US_b.npz: file: expected a whole NPZ archive") == 1 and "slices and the" in err.splitlines()[-1]
+    assert call(train_distill, *options, "--strict") == 1
+    assert "2D_US_b.npz" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_pattern_names_the_patients(bench, tmp_path, capsys):                            # fault 20
