@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from medficient_mini.inference.checkpoint import load_state, load_strictly, read_torch, resolve
+from medficient_mini.inference.checkpoint import load_state, load_strictly, resolve
 from medficient_mini.inference.geometry import to_network
 from medficient_mini.nets.sam import build_sam
 from medficient_mini.show.progress import ProgressBar
@@ -26,6 +26,7 @@ from medficient_mini.training.losses import dice_loss, dsc, embedding_mse
 from medficient_mini.training.options import (VALIDATION, common_parser, draw_slices, modality_means, network_input,
                                               read_data, run_script, single_batches, slices_of, train_task)
 from medficient_mini.training.samples import FLIPS, SliceDataset, embedding_path, save_embedding, writing
+from medficient_mini.training.trainer import read_last
 
 LOGITS_SIZE = 256         # side of the mask decoder's output
 STATISTICS_SLICES = 128   # training slices from which the teacher's mean and variance are taken
@@ -100,7 +101,7 @@ def read_images(cache, teacher_input, wanted):
     images = []
     for _, case, z, (horizontal, vertical) in wanted:
         image = cache.image_and_labels(case, z)[0][::-1 if vertical else 1, ::-1 if horizontal else 1]
-        images.append(to_network(np.ascontiguousarray(image), *teacher_input))
+        images.append(to_network(image.copy(), *teacher_input))
     return [path for path, *_ in wanted], torch.stack(images)
 
 
@@ -244,7 +245,7 @@ def train(arguments, world):
     prompts = Objects(mask_size=LOGITS_SIZE, prompt_size=student.image_size, **VALIDATION)
     validation = SliceDataset(val_cases, val_slices, objects=prompts if arguments.decoder_weights else None, **common)
     if arguments.resume:
-        statistics = read_torch(Path(arguments.out, "last.pt"))["extra"]
+        statistics = read_last(arguments.out)["extra"]
     else:
         some = SliceDataset(cases, draw_slices(cases, known, STATISTICS_SLICES, arguments.seed, power=0.5), **common)
         batches = single_batches(some, world, "the teacher's mean and variance", shared=False)

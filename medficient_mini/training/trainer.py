@@ -246,8 +246,7 @@ class Trainer:
         self.saved_at = time.monotonic()
 
     def _load(self):
-        path = self.folder / "last.pt"
-        saved = read_torch(path)
+        path, saved = self.folder / "last.pt", read_last(self.folder)
         for key, value in saved["run"].items():
             if key not in MAY_CHANGE_ON_RESUME and self.run.get(key) != value:
                 raise ValueError(f"{path}: --resume: {key.replace('_', '-')}: expected {value} as at the first start, "
@@ -260,6 +259,15 @@ class Trainer:
         torch.set_rng_state(saved["torch_random"])
         self.state = saved["state"]
         say(f"resuming at step {self.state['step']} of {self.steps}")
+
+
+def read_last(folder):
+    """Read last.pt of a run's folder. ValueError, one line, for a file that --resume cannot use."""
+    path = Path(folder, "last.pt")
+    saved = read_torch(path)
+    if not isinstance(saved, dict) or not {"run", "optimizer", "extra"} <= set(saved):
+        raise ValueError(f"{path}: --resume: expected a checkpoint that this script wrote, found another file")
+    return saved
 
 
 def say(text):

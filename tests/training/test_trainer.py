@@ -19,7 +19,7 @@ from medficient_mini.inference.checkpoint import read_torch
 from medficient_mini.training import trainer as training
 from medficient_mini.training.distributed import Distributed
 from medficient_mini.training.options import common_parser, make_sampler, run_script, start
-from medficient_mini.training.trainer import Trainer
+from medficient_mini.training.trainer import Trainer, read_last
 
 ROOT = str(Path(__file__).resolve().parents[2])
 WHOLE = ["--epochs", "3", "--ema", "0.9"]         # 3 epochs of 11 samples, batches of 4, 4, 3, with averaged weights
@@ -334,3 +334,10 @@ if __name__ == "__main__":                 # the tiny run as a script of its own
         return tiny_run(sys.argv[1:], world=world, hook=hook, norm=world.size == 1).fit()
 
     sys.exit(run_script(train, tiny_arguments(sys.argv[1:])))
+
+
+@pytest.mark.parametrize("content", [{"model": {}}, [1, 2]])
+def test_resuming_from_another_file_is_one_line(tmp_path, content):
+    torch.save(content, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="last.pt: --resume: expected a checkpoint that this script wrote, found another file"):
+        read_last(tmp_path)
