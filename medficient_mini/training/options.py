@@ -194,8 +194,8 @@ def outside_validation(cases, val_cases, arguments):
     patients |= {patient_of(case.path, arguments.patient) for case in cases if file_key(case.path) in held}
     left = [case for case in cases if patient_of(case.path, arguments.patient) not in patients]
     if len(left) < len(cases):
-        say(f"{arguments.val}: holds the patients of {len(cases) - len(left)} cases of {arguments.data}, which are not "
-            "trained on")
+        say(f"{arguments.val}: {len(cases) - len(left)} cases of {arguments.data} are of its patients, by name or by "
+            "copies of files, and are not trained on")
     if not left:
         raise ValueError(f"{arguments.data}: --data: expected cases of patients that --val does not hold, found none")
     return left
