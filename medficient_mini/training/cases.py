@@ -105,9 +105,10 @@ def describe_patients(cases, patient_pattern=None):
             alike.setdefault(beginning, []).append(patient)
     groups = [names for names in alike.values() if len(names) > 1]
     if sum(map(len, groups)) > len(cases) / 2:
-        return (f"{line}; warning: most cases count as patients of their own, though names begin alike "
-                f"({groups[0][0]} and {groups[0][1]}): if those are of one patient, say so with --patient REGEX, or "
-                "validation sees patients of training")
+        first, second, *_ = max(groups, key=len)
+        return (f"{line}; warning: most cases count as patients of their own, though names begin alike ({first} and "
+                f"{second}): if those are of one patient, say so with --patient REGEX, or validation sees patients of "
+                "training")
     return line
 
 
