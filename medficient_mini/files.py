@@ -10,7 +10,8 @@ def list_files(path, suffixes: tuple[str, ...]) -> list[Path]:
     """Return the files with these endings in a folder and its subfolders, sorted, or the one file itself.
 
     Linked folders are followed, each folder once. Hidden files are left out: they are half-written outputs, of ours
-    or of a copying tool. A subfolder that may not be read costs a line on stderr.
+    or of a copying tool. A subfolder that may not be read costs a line on stderr. Links to nothing are files here, which
+    fail in their own line when they are read.
 
     Raises:
         ValueError: there is no such file.
@@ -32,7 +33,7 @@ def list_files(path, suffixes: tuple[str, ...]) -> list[Path]:
             continue
         seen.add(os.path.realpath(folder))
         found += [Path(folder, name) for name in names if name.lower().endswith(suffixes) and name[0] != "."]
-    found = sorted(file for file in found if file.is_file())
+    found = sorted(file for file in found if file.is_file() or not file.exists())
     if not found:
         raise ValueError(f"{path}: expected files that end in {', '.join(suffixes)} in this folder, found none")
     return found

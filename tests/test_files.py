@@ -54,7 +54,7 @@ def test_list_files(tmp_path, capsys):
     (folder / "linked").symlink_to(elsewhere)
     (folder / "sub" / "up").symlink_to(folder)                      # a circle
     (folder / "broken.npz").symlink_to(tmp_path / "absent")
-    found = [folder / name for name in ("a.NPZ", "b.npz", "linked/e.npz", "sub/a.npz")]
+    found = [folder / name for name in ("a.NPZ", "b.npz", "broken.npz", "linked/e.npz", "sub/a.npz")]
     assert list_files(folder, (".npz",)) == found
     assert list_files(str(folder / "b.npz"), (".npz", ".txt")) == [folder / "b.npz"] and not capsys.readouterr().err
     for bad, words in (("c.txt", "another file"), ("absent", "nothing of that name")):

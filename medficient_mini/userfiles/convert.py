@@ -10,6 +10,7 @@ _segmentation if it likes, the image's with nnU-Net's _0000. `case.png` becomes 
 import argparse
 import re
 import sys
+import unicodedata
 import zlib
 from collections import defaultdict
 from pathlib import Path
@@ -49,28 +50,30 @@ def parse_arguments(argv=None):
     return parser.parse_args(argv)
 
 
-def pair_files(images: Path, masks: Path) -> dict[Path, list[Path]]:
-    """Find the masks that bear each image's name: one where all is well.
+def pair_files(images: Path, masks: Path) -> tuple[dict[Path, list[Path]], list[Path]]:
+    """Find the masks that bear each image's name, one where all is well; and the masks of a folder without an image.
 
     Raises:
         ValueError: a folder has no files.
     """
     image_files, mask_files = (list_files(path, PICTURES + VOLUMES) for path in (images, masks))
     if images.is_file() and masks.is_file():
-        return {images: mask_files}
+        return {images: mask_files}, []
     if images.resolve() == masks.resolve():
         mask_files = [path for path in mask_files if MASK_ENDING.search(stem_of(path))]
     by_name = defaultdict(list)
     for path in mask_files:
         by_name[MASK_ENDING.sub("", name_below(masks, path)).removesuffix("_0000")].append(path)
     taken = {path.resolve() for path in mask_files}           # the masks' folder may lie within that of the images
-    return {path: by_name[MASK_ENDING.sub("", name_below(images, path)).removesuffix("_0000")]
-            for path in image_files if path.resolve() not in taken}
+    names = {path: MASK_ENDING.sub("", name_below(images, path)).removesuffix("_0000")
+             for path in image_files if path.resolve() not in taken}
+    lonely = [path for name in by_name.keys() - names.values() for path in by_name[name]] if images.is_dir() else []
+    return {path: by_name[name] for path, name in names.items()}, sorted(lonely)
 
 
 def name_below(root: Path, path: Path) -> str:
-    """Join the folders of a file below `root` and its stem by slashes: patient1/slice_01."""
-    return (path.relative_to(root).parent / stem_of(path)).as_posix()
+    """Join the folders of a file below `root` and its stem by slashes, in Unicode's form NFC: patient1/slice_01."""
+    return unicodedata.normalize("NFC", (path.relative_to(root).parent / stem_of(path)).as_posix())
 
 
 def number_objects(labels: np.ndarray, instances: bool, min_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -125,11 +128,11 @@ def convert_pair(image: Path, mask: Path, target: Path, arguments) -> tuple[int,
             lines.append(f"{image.name}: imgs: {TURNED}, see that {mask.name} fits")
         if labels.shape != imgs.shape[:2]:
             raise ValueError(f"{mask.name}: gts: expected the image's size {imgs.shape[:2]}, found {labels.shape}")
-    # Beside the small numbers of classes 255 stands for "ignore"; greys such as 0, 128, 255 are labels all.
+    # Beside the small numbers of classes the greatest number stands for "ignore"; 0, 128, 255 are labels all.
     values = np.flatnonzero(np.bincount(labels.ravel()))
-    if len(values) > 2 and values[-1] == 255 and values[-2] < 64:
-        labels[labels == 255] = 0
-        lines.append(f'{mask.name}: gts: 255 beside labels up to {values[-2]} is taken as "ignore" and left out')
+    if len(values) > 2 and values[-1] in (255, 65535) and values[-2] < 64:
+        labels[labels == values[-1]] = 0
+        lines.append(f'{mask.name}: gts: {values[-1]} beside labels up to {values[-2]} is taken as "ignore" and left out')
     gts, boxes = number_objects(labels, arguments.instances, arguments.min_size)
     if not len(boxes):
         return 0, [*lines, f"{image.name}: left out, its mask holds no object of {arguments.min_size} or more pixels"]
@@ -152,7 +155,10 @@ def convert(arguments) -> int:
         raise ValueError(f"--modality: expected letters and digits, for file names, found {arguments.modality}")
     if arguments.margin < 0:
         raise ValueError(f"--margin: expected 0 or more, found {arguments.margin}")
-    pairs = pair_files(arguments.images, arguments.masks)
+    pairs, lonely = pair_files(arguments.images, arguments.masks)
+    if lonely:
+        names = ", ".join(path.name for path in lonely[:5]) + ", …" * (len(lonely) > 5)
+        print(f"{names}: expected an image of the same name, found none for {len(lonely)} masks", file=sys.stderr)
     targets, objects = set(), []
     bar = ProgressBar(pairs.items(), len(pairs), "converting")
     for image, masks in bar:

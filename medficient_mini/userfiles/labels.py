@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from .pictures import JPEG, PALETTE, PHOTOMETRIC, decode, png_chunk, tiff_fields
+from .pictures import JPEG, PALETTE, PHOTOMETRIC, PNG, SAMPLES, decode, png_chunk, sections, tiff_fields
 
 MOST_VALUES = 32                     # more grey values or colours are no labels, but soft edges or a photograph
 
@@ -15,8 +15,9 @@ MOST_VALUES = 32                     # more grey values or colours are no labels
 def load_label_picture(path) -> tuple[np.ndarray, list[str]]:
     """Read a mask picture as uint16 labels (H, W), 0 the background.
 
-    Of a palette PNG the indices are the labels, of others the grey values or colours (see `labels_of`). What is less
-    than half as opaque as the most opaque pixel is background, so black on nothing is a mask too.
+    Of a palette PNG the indices are the labels, of others the grey values or colours (see `labels_of`). Where all that
+    is visible has one colour, its opacity is the mask; else what is less than half as opaque as the most opaque pixel
+    is background.
 
     Returns:
         The labels, and lines for the user that say how they were changed: turned, or cut.
@@ -27,18 +28,25 @@ def load_label_picture(path) -> tuple[np.ndarray, list[str]]:
     """
     path = Path(path)
     name, data = path.name, path.read_bytes()
-    if data.startswith(b"\x89PNG") and data[25:26] == b"\3":                 # the colour type of a palette
+    if data.startswith(PNG) and data[25:26] == b"\3":                 # the colour type of a palette
         pixels, remarks = decode(indices_as_grey(data), name)
         labels = pixels[..., 0]
     else:
         pixels, remarks = decode(data, name)
         whole = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)     # as it lies in the file
+        bmp = data.startswith(b"BM") and data[28] == 32
+        if tiff_fields(data).get(SAMPLES) == 2 or bmp and whole.shape[2] == 3:         # OpenCV drops these
+            raise ValueError(f"{name}: gts: expected transparency in a PNG, found it in a grey TIFF or a BMP")
         if whole.shape[2:] == (4,):
             if remarks:
                 raise ValueError(f"{name}: gts: expected an opaque mask or no EXIF orientation, found transparency")
-            visible = (whole[..., 3:] >= whole[..., 3].max() / 2).astype(np.uint8)
-            seen = pixels * visible
-            pixels = seen if seen.any() or visible.all() else visible
+            opacity = whole[..., 3:]
+            colours = pixels[opacity[..., 0] > 0]
+            one_colour = len(colours) and (colours == colours[0]).all()
+            if one_colour and opacity.min() < opacity.max():
+                pixels = opacity
+            else:
+                pixels = pixels * (opacity >= opacity.max() / 2)
         labels, cut = labels_of(pixels, data, name)
         remarks += cut
     return labels.astype(np.uint16), [f"{name}: gts: {remark}" for remark in remarks]
@@ -46,39 +54,50 @@ def load_label_picture(path) -> tuple[np.ndarray, list[str]]:
 
 def indices_as_grey(data: bytes) -> bytes:
     """Give a palette PNG a palette that maps each index to itself, so that decoding it yields the indices."""
-    before, _, after = data.partition(b"PLTE")
-    size = int.from_bytes(before[-4:], "big")
-    grey = np.arange(256, dtype=np.uint8).repeat(3).tobytes()[:size]
-    return before[:-4] + png_chunk(b"PLTE", grey) + after[size + 4:]
+    grey = np.arange(256, dtype=np.uint8).repeat(3).tobytes()
+    for kind, start, end in sections(data):
+        if kind == b"PLTE":
+            return data[:start - 8] + png_chunk(kind, grey[:end - start]) + data[end + 4:]
+    return data
 
 
 def labels_of(pixels: np.ndarray, data: bytes, name: str) -> tuple[np.ndarray, list[str]]:
     """Turn the pixels of a mask (H, W, 1 or 3) into labels (H, W).
 
     Grey values stay as they are where they are few, small or without a gap; few colours but black are numbered in
-    order of (R, G, B); white on black with soft edges is cut at half of white.
+    order of (R, G, B). White on black with soft edges is cut at half of white: black and white are the two fullest
+    quarters of the histogram, and no value between fills 3 x 3 pixels. A JPEG can be nothing else: it changes values.
 
     Raises:
-        ValueError: there are many values, and black and white are not the two fullest quarters of the histogram; or
-            they are the colours of a palette whose indices are not read.
+        ValueError: there are many values, or it is a JPEG, and they are not black and white with soft edges; or they
+            are the colours of a palette whose indices are not read.
     """
     white = 255 if pixels.dtype == np.uint8 else 65535
     pixels = whole_numbers(pixels, name)
-    grey = (pixels == pixels[..., :1]).all()
+    brightest = pixels.max(axis=2)
+    grey = ((pixels == brightest[..., None]) | ~pixels.any((0, 1))).all()     # or shades of red, for example
     palette = tiff_fields(data).get(PHOTOMETRIC) == PALETTE or data.startswith(b"BM") and data[28] <= 8
     if palette and not grey:
         raise ValueError(f"{name}: gts: expected labels with a palette as PNG, found another format")
-    numbers = pixels[..., 0] if grey else pixels.astype(np.int64) @ (1 << 32, 1 << 16, 1)
+    numbers = brightest if grey else pixels.astype(np.int64) @ (1 << 32, 1 << 16, 1)
     found = np.unique(numbers)
-    few = len(found) <= (2 if data.startswith(JPEG) else MOST_VALUES)
-    numbered = len(found) == found[-1] + 1 <= white                           # 0 … N without a gap
-    if grey and (few or numbered or found[-1] <= white // 16):
+    jpeg = data.startswith(JPEG)
+    few = len(found) <= MOST_VALUES and not jpeg
+    quarters = np.bincount(brightest.ravel() // (white // 4 + 1), minlength=4)
+    soft = grey and min(quarters[0], quarters[3]) > max(quarters[1], quarters[2])
+    if soft:
+        # JPEG spoils white areas a little, too.
+        edges = (numbers > white // 4) & (numbers < found[-1] - 16 * jpeg)
+        square = np.ones((3, 3), np.uint8)
+        soft = not (edges & (cv2.erode(numbers, square) == cv2.dilate(numbers, square))).any()
+    numbered = len(found) - 1 == found[-1] < white                           # 0 … N without a gap
+    plain = few and not (soft and found[-1] == white and edges.any()) or numbered or found[-1] <= white // 16
+    if grey and (plain and not jpeg or np.isin(found, (0, white)).all()):
         return numbers, []
+    if soft:
+        return numbers > white // 2, [f"a black and white mask with soft edges, cut at {white // 2 + 1}"]
     if few:
         return np.searchsorted(found, numbers) + (found[0] != 0), []
-    quarters = np.bincount(pixels[..., 0].ravel() // (white // 4 + 1), minlength=4)
-    if grey and min(quarters[0], quarters[3]) > max(quarters[1], quarters[2]):
-        return numbers > white // 2, [f"a black and white mask with soft edges, cut at {white // 2 + 1}"]
     raise ValueError(f"{name}: gts: expected labels or black and white, found {len(found)} grey values or colours "
                      f"(save over {MOST_VALUES} labels with a palette or 16 bits, none as JPEG)")
 

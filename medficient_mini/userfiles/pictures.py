@@ -2,9 +2,12 @@
 
 Errors are ValueErrors of one line, "<file name>: <field>: expected …, found …".
 """
+import os
 import re
 import struct
+import tempfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -18,9 +21,9 @@ VOLUMES = (".nii", ".nii.gz")
 WINDOWS = {"soft-tissue": (40.0, 400.0), "lung": (-600.0, 1500.0), "bone": (400.0, 1800.0), "brain": (40.0, 80.0)}
 PERCENTILES = (0.5, 99.5)            # of the non-zero numbers, as MedSAM prepares its data
 SAMPLE = 1 << 23                     # numbers that percentiles are taken from; smaller images give all of theirs
-PHOTOMETRIC, ORIENTATION = 262, 274  # the TIFF fields that are looked at; EXIF has the second one too
+PHOTOMETRIC, ORIENTATION, SAMPLES = 262, 274, 277    # the TIFF fields that are looked at; EXIF has ORIENTATION too
 INVERTED, PALETTE = 0, 3             # values of PHOTOMETRIC: zero is white; numbers are indices of colours
-JPEG = b"\xff\xd8\xff"               # first bytes, which say more than a file's name
+PNG, JPEG = b"\x89PNG", b"\xff\xd8\xff"                # first bytes, which say more than a file's name
 TURNED = "turned as its EXIF orientation says"
 
 
@@ -81,7 +84,7 @@ def to_uint8(array: np.ndarray, low: float, high: float) -> np.ndarray:
         return array
     # 8 and 16 bits are exact in float32. Larger numbers far from zero would lose their differences there.
     kind = np.float32 if array.dtype.itemsize <= 2 else np.float64
-    scaled = (array.astype(kind) - low) * 255 / max(high - low, 1e-12)
+    scaled = (array.astype(kind) - low) * 255 / ((high - low) or 1.0)
     return np.nan_to_num(scaled.clip(0, 255) + 0.5, nan=0.0).astype(np.uint8)
 
 
@@ -116,14 +119,11 @@ def decode(data: bytes, name: str) -> tuple[np.ndarray, list[str]]:
     Raises:
         ValueError: the data are damaged, not a picture, or more than one.
     """
-    # Every JPEG, a thumbnail within another one too, begins with FF D8 FF and ends with FF D9.
-    if data.startswith(JPEG) and data.count(b"\xff\xd9") < data.count(JPEG):
+    if data[:4] in (b"II+\0", b"MM\0+"):
+        raise ValueError(f"{name}: file: expected a classic TIFF, found a BigTIFF, whose fields are not read")
+    pages, complaints = pages_of(data)
+    if data.startswith(JPEG) and pages and is_damaged(data, complaints):
         raise ValueError(f"{name}: file: expected a whole JPEG picture, found a damaged one")
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)        # our one line instead of its several
-    try:
-        _, pages = cv2.imdecodemulti(np.frombuffer(data, np.uint8), cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
-    except cv2.error:
-        pages = ()
     if len(pages) != 1:
         found = f"{len(pages)} pages" if pages else "damaged or other data"
         raise ValueError(f"{name}: file: expected one PNG, JPEG, TIFF or BMP picture, found {found}")
@@ -131,10 +131,61 @@ def decode(data: bytes, name: str) -> tuple[np.ndarray, list[str]]:
     tiff = tiff_fields(data)
     if tiff.get(PHOTOMETRIC) == INVERTED and pixels.itemsize > 1:            # OpenCV inverts those of 8 bits itself
         pixels = -pixels if pixels.dtype.kind == "f" else ~pixels
-    exif = re.search(rb"Exif\0\0|eXIf", data)
-    fields = tiff_fields(data[exif.end():]) if exif and not tiff else tiff
+    fields = tiff
+    for kind, start, end in sections(data):
+        if kind in (b"eXIf", b"\xff\xe1"):
+            fields = fields or tiff_fields(data[start:end].removeprefix(b"Exif\0\0"))
     turned = 2 <= fields.get(ORIENTATION, 1) <= 8
     return pixels, [TURNED] if turned else []
+
+
+def pages_of(data: bytes) -> tuple[tuple[np.ndarray, ...], bytes]:
+    """Decode a file's pages, none if it is damaged; give them, and what was written on standard error meanwhile.
+
+    The JPEG library says nowhere else that it had to guess pixels.
+    """
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)        # our one line instead of its several
+    with tempfile.TemporaryFile() as file:
+        stderr = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            _, pages = cv2.imdecodemulti(np.frombuffer(data, np.uint8), cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
+        except cv2.error:
+            pages = ()
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        file.seek(0)
+        complaints = file.read()
+    # Other threads may have written too: infer.py reads ahead.
+    os.write(2, re.sub(rb"(Corrupt JPEG|Invalid SOS|Inconsistent|libpng)[^\n]*\n", b"", complaints))
+    return pages, complaints
+
+
+def is_damaged(data: bytes, complaints: bytes) -> bool:
+    """Tell whether the decoder complained of a JPEG, or does not miss the last two bytes of its pixels.
+
+    A decoder that damage has led astray may reach the last pixel too soon, and says nothing of what is left over.
+    """
+    scan = next((start for kind, start, _ in sections(data) if kind == b"\xff\xda"), 0)
+    end = data.find(b"\xff\xd9", scan)
+    pages, missed = pages_of(data[:end - 2] + data[end:])
+    return b"Corrupt JPEG" in complaints or bool(pages) and b"Corrupt JPEG" not in missed
+
+
+def sections(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Give (kind, start, end) of the body of each chunk of a PNG, or of each segment before the pixels of a JPEG."""
+    png = data.startswith(PNG)
+    place = 8 if png else 2
+    while place < len(data) and (png or data[place] == 0xFF):
+        if png:
+            kind, size = data[place + 4:place + 8], data[place:place + 4]
+            start, end = place + 8, place + 8 + int.from_bytes(size, "big")
+        else:
+            kind, size = data[place:place + 2], data[place + 2:place + 4]
+            start, end = place + 4, place + 2 + int.from_bytes(size, "big")
+        yield kind, start, end
+        place = end + 4 if png else end                                      # behind the checksum
 
 
 def tiff_fields(data: bytes) -> dict[int, int]:

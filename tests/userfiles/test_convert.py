@@ -98,7 +98,8 @@ def test_names_that_belong_together(tmp_path):
         (tmp_path / name).touch()
 
     def pairs(images, masks):
-        found = pair_files(tmp_path / images, tmp_path / masks)
+        found, lonely = pair_files(tmp_path / images, tmp_path / masks)
+        assert not lonely
         return {path.relative_to(tmp_path / images).as_posix(): [mask.name for mask in masks] for path, masks in found.items()}
 
     assert pairs("images", "masks") == {"a.png": ["a_mask.png"], "sub/a.jpg": ["a.png"], "b.nii.gz": ["b_seg.nii.gz"],
@@ -163,11 +164,11 @@ def test_volumes_become_cases_along_the_wanted_axis(tmp_path, run):
 
 
 @pytest.mark.parametrize("values, kept", [
-    ((0, 1, 2, 255), (0, 1, 2)), ((0, 5, 15, 255), (0, 5, 15)), ((1, 2, 255), (1, 2)), ((0, 255), (0, 255)),
+    ((0, 1, 2, 255), (0, 1, 2)), ((0, 1, 65535), (0, 1)), ((0, 5, 15, 255), (0, 5, 15)), ((1, 2, 255), (1, 2)), ((0, 255), (0, 255)),
     ((0, 128, 255), (0, 128, 255)), ((0, 85, 170, 255), (0, 85, 170, 255))], ids=lambda values: f"{len(values)}-{max(values)}")
 @pytest.mark.parametrize("kind", ["picture", "nifti"])
-def test_255_beside_small_labels_is_no_object(tmp_path, run, values, kept, kind):       # fault 23
-    labels = np.repeat(np.array(values, np.uint8), 6).reshape(2, -1)
+def test_the_greatest_number_beside_small_labels_is_no_object(tmp_path, run, values, kept, kind):       # fault 23
+    labels = np.repeat(np.array(values, np.min_scalar_type(max(values))), 6).reshape(2, -1)
     if kind == "picture":
         save(tmp_path / "i/a.png", labels)
         save(tmp_path / "g/a.png", labels)
@@ -179,7 +180,7 @@ def test_255_beside_small_labels_is_no_object(tmp_path, run, values, kept, kind)
     out, err = run()
     ignored = len(kept) < len(values)
     assert f"with {len(kept) - (kept[0] == 0)} objects" in out
-    assert len(err) == ignored and all("255 beside labels up to" in line for line in err)
+    assert len(err) == ignored and all(f"{values[-1]} beside labels up to" in line for line in err)
 
 
 def test_a_palette_mask_and_its_border_of_no_class(tmp_path, run):              # faults 23, 24
@@ -237,6 +238,25 @@ def test_bad_pairs_are_one_line_each_and_the_rest_goes_on(tmp_path, run, monkeyp
     assert err[4] == "strange.png: something"
     assert "1 of 8 written" in out and "2 objects, 5 failed" in out
     assert [path.name for path in list_cases(tmp_path / "o")] == ["2D_US_good.npz"]
+
+
+def test_one_name_in_two_unicode_forms(tmp_path, run):                          # fault 36's brother
+    save(tmp_path / "i/mu\u0308ller.png", scattered())
+    save(tmp_path / "g/m\u00fcller_mask.png", scattered())
+    assert "1 of 1 written" in run()[0] and case_of(tmp_path, "2D_US_m\u00fcller").gts.any()
+
+
+def test_what_is_missing_is_named_and_the_rest_goes_on(tmp_path, run):          # faults 21, 33
+    for name in ("i/a.png", "g/a.png", "g/b_mask.png", "g/c.png"):
+        save(tmp_path / name, scattered())
+    out, err = run()
+    assert "1 of 1 written" in out and err == ["b_mask.png, c.png: expected an image of the same name, found none for 2 masks"]
+    for name in ("i/b.png", "g/c.png"):
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).symlink_to(tmp_path / "absent" / name)
+    save(tmp_path / "i/c.png", scattered())
+    out, err = run(code=1)
+    assert "1 of 3 written" in out and [line.split(":")[0] for line in err] == ["b.png", "c.png"]
 
 
 def test_two_images_of_one_name_are_told_apart(tmp_path, run):

@@ -6,7 +6,7 @@ from test_pictures import RGB, write, write_tiff, write_with_exif
 
 from medficient_mini.show.draw import colours
 from medficient_mini.userfiles.labels import load_label_picture
-from medficient_mini.userfiles.pictures import save_label_picture
+from medficient_mini.userfiles.pictures import png_chunk, save_label_picture
 
 LABELS = np.kron(np.array([[0, 1, 2], [2, 0, 3]], np.uint8), np.ones((10, 10), np.uint8))
 DISC = cv2.circle(np.zeros((99, 99), np.uint8), (50, 50), 30, 255, -1)
@@ -37,7 +37,9 @@ def test_a_palettes_index_is_the_label(tmp_path):                               
     picture.putpalette([255, 255, 255, 200, 0, 0, 0, 0, 0, 0, 0, 200])          # 0 is white, 2 is black
     picture.save(tmp_path / "a.png")
     picture.save(tmp_path / "b.png", transparency=1)
-    for name in "ab":
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "c.png").write_bytes(data[:33] + png_chunk(b"tEXt", b"Comment\0PLTE of 4") + data[33:])
+    for name in "abc":
         labels, warning = load_label_picture(tmp_path / f"{name}.png")
         assert (labels == LABELS).all() and warning == []
     for name in ("c.tif", "c.bmp"):
@@ -82,6 +84,24 @@ def test_what_is_not_visible_is_background(tmp_path):                           
         load_label_picture(write_with_exif(tmp_path / "b.png", pixels, 6))
 
 
+@pytest.mark.parametrize("colour", [0, 255])
+def test_levels_of_opacity_are_labels(tmp_path, colour):                        # fault 25
+    pixels = np.full((20, 30, 4), colour, np.uint8)
+    for opacity in (LABELS, LABELS * 50):
+        pixels[..., 3] = opacity
+        assert (load_label_picture(write(tmp_path / "a.png", pixels))[0] == opacity).all()
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.bmp"])
+def test_transparency_that_cannot_be_read_is_refused(tmp_path, name):           # fault 25
+    pil = pytest.importorskip("PIL.Image")
+    white = np.full_like(LABELS, 255)
+    channels = [white] * (1 if name == "a.tif" else 3) + [LABELS * 85]
+    pil.merge("LA" if name == "a.tif" else "RGBA", [pil.fromarray(channel) for channel in channels]).save(tmp_path / name)
+    with pytest.raises(ValueError, match=f"^{name}: gts: expected transparency in a PNG[^\n]*$"):
+        load_label_picture(tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ["a.png", "a.bmp"])
 def test_masks_cut_short_are_one_line(tmp_path, name):                          # fault 41
     path = write(tmp_path / name, LABELS)
@@ -108,9 +128,47 @@ def test_antialiased_lines_are_one_object(tmp_path):                            
     for name, pixels in (("a.png", lines), ("a.tif", lines.astype(np.uint16) * 257)):
         labels, warning = load_label_picture(write(tmp_path / name, pixels))
         assert (labels == (lines > 127)).all() and "cut at" in warning[0]
-    colour = write(tmp_path / "b.png", np.dstack([lines, lines * 0, lines]))
-    with pytest.raises(ValueError, match="b.png: gts: expected labels or black and white"):
-        load_label_picture(colour)
+    labels, warning = load_label_picture(write(tmp_path / "b.png", np.dstack([lines, lines * 0, lines])))
+    assert (labels == (lines > 127)).all() and "cut at" in warning[0]
+    with pytest.raises(ValueError, match="c.png: gts: expected labels or black and white"):
+        load_label_picture(write(tmp_path / "c.png", np.dstack([lines, lines * 0, lines // 2])))
+
+
+@pytest.mark.parametrize("channels", [[1], [1, 1, 1], [1, 0, 0]], ids=str)
+def test_few_values_of_soft_edges_are_cut_too(tmp_path, channels):              # fault 26
+    disc = cv2.circle(np.zeros((40, 40), np.uint8), (20, 20), 6, 255, -1, cv2.LINE_AA)
+    twice = cv2.resize((LABELS > 0).astype(np.uint8) * 255, None, fx=2, fy=2, interpolation=cv2.INTER_LINEAR)
+    half = cv2.resize(DISC, (50, 50), interpolation=cv2.INTER_AREA)
+    for grey in (disc, twice, half):
+        pixels = (grey[..., None] * np.array(channels, np.uint8)).squeeze()
+        labels, warning = load_label_picture(write(tmp_path / "a.png", pixels))
+        assert 2 < len(np.unique(grey)) <= 32 and (labels == (grey > 127)).all() and "cut at 128" in warning[0]
+
+
+@pytest.mark.parametrize("values", [(0, 85, 170, 255), (0, 128, 255), (0, 1, 2, 255), (0, 200, 255)], ids=str)
+def test_solid_greys_stay_labels(tmp_path, values):                             # fault 26
+    grey = np.zeros((60, 60), np.uint8)
+    for k, value in enumerate(values):
+        grey[12 * k:12 * k + 4 + 7 * (value == 255), 5:40] = value              # black and white are the fullest
+    labels, warning = load_label_picture(write(tmp_path / "a.png", grey))
+    assert (labels == grey).all() and warning == []
+
+
+@pytest.mark.parametrize("white", [255, 240])
+@pytest.mark.parametrize("quality", [50, 95])
+def test_a_jpeg_is_black_and_white_or_refused(tmp_path, white, quality):        # fault 26
+    def jpeg(grey):
+        assert cv2.imwrite(str(tmp_path / "a.jpg"), grey, [cv2.IMWRITE_JPEG_QUALITY, quality])
+        return tmp_path / "a.jpg"
+
+    disc = (DISC > 0).astype(np.uint8)
+    labels, warning = load_label_picture(jpeg(disc * white))
+    assert (labels != disc).mean() < 0.01 and "cut at 128" in warning[0]
+    assert not load_label_picture(jpeg(disc * 0))[0].any()
+    disc[:40] *= 2
+    for grey in (disc, disc * 10, (disc == 2) * np.uint8(100) + disc // 1 % 2 * np.uint8(white)):
+        with pytest.raises(ValueError, match="^a.jpg: gts: expected labels or black and white[^\n]*none as JPEG[^\n]*$"):
+            load_label_picture(jpeg(grey))
 
 
 def test_pictures_that_are_no_masks_are_refused(tmp_path):                      # fault 26

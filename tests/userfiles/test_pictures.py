@@ -1,4 +1,5 @@
 """Pictures: what goes in comes out, in every bit depth and orientation; files in folders; intensities."""
+import os
 import struct
 import zlib
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 
 from medficient_mini.userfiles import pictures
-from medficient_mini.userfiles.pictures import intensity_range, load_picture, parse_window, stem_of, to_uint8
+from medficient_mini.userfiles.pictures import (intensity_range, load_picture, parse_window, png_chunk, stem_of,
+                                                to_uint8)
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (20, 30), dtype=np.uint8)
@@ -46,8 +48,7 @@ def write_with_exif(path, pixels, orientation):
         data = data[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + data[2:]
     else:
         data = cv2.imencode(".png", pixels)[1].tobytes()
-        block = b"eXIf" + exif(orientation)
-        data = data[:33] + struct.pack(">I", len(block) - 4) + block + struct.pack(">I", zlib.crc32(block)) + data[33:]
+        data = data[:33] + png_chunk(b"eXIf", exif(orientation)) + data[33:]
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
     return path
@@ -72,6 +73,12 @@ def test_percentiles_leave_out_zeros_and_what_is_not_finite():
     assert intensity_range(numbers, None)[:2] == (1005, 1995)
     assert intensity_range(np.zeros(10), None)[:2] == (0, 0)
     assert not to_uint8(np.zeros((3, 3)), 0, 0).any()
+
+
+def test_numbers_of_any_size_keep_their_contrast():                             # fault 28: NIfTI of scale 1e-28
+    ramp = np.arange(1000) * 1e-30
+    low, high, _ = intensity_range(ramp, None)
+    assert len(np.unique(to_uint8(ramp, low, high))) == 256
 
 
 def test_one_number_on_zero_is_not_black(tmp_path):                             # fault 28
@@ -185,13 +192,17 @@ def test_bad_pictures_are_one_line(tmp_path, capfd):
     pil = pytest.importorskip("PIL.Image")
     pil.fromarray(GREY).save(tmp_path / "pages.tif", save_all=True, append_images=[pil.fromarray(GREY)])
     fails(tmp_path / "pages.tif", "one PNG, JPEG, TIFF or BMP picture, found 2 pages")
-    assert all(line.startswith("libpng error") for line in capfd.readouterr().err.splitlines())
+    big = b"II+\0" + struct.pack("<HHQ", 8, 0, 16) + bytes(99)
+    (tmp_path / "big.tif").write_bytes(big)
+    fails(tmp_path / "big.tif", "a classic TIFF, found a BigTIFF")              # fault 28
+    assert capfd.readouterr().err == ""                                         # fault 41
 
 
-def test_a_jpeg_cut_short_is_refused(tmp_path):                                 # fault 29
+def test_a_damaged_jpeg_is_refused(tmp_path, capfd):                            # fault 29
     whole = cv2.imencode(".jpg", np.kron(RGB, np.ones((8, 8, 1), np.uint8)))[1].tobytes()
     middle = len(whole) // 2
-    for name, data in {"cut": whole[:middle], "no_end": whole[:-2]}.items():
+    for name, data in {"cut": whole[:middle], "no_end": whole[:-2], "hole": whole[:middle] + whole[middle + 60:],
+                       "zeros": whole[:middle - 99] + bytes(40) + whole[middle - 59:]}.items():
         (tmp_path / f"{name}.jpg").write_bytes(data)
         fails(tmp_path / f"{name}.jpg", "damaged")
     thumbnail = b"Exif\0\0" + exif(1) + cv2.imencode(".jpg", RGB)[1].tobytes()
@@ -199,5 +210,30 @@ def test_a_jpeg_cut_short_is_refused(tmp_path):                                 
     # A film behind the picture, as some telephones append it, may hold any two bytes.
     (tmp_path / "film.jpg").write_bytes(whole[:2] + thumbnail + whole[2:] + b"film \xff\xda")
     assert load_picture(tmp_path / "film.jpg")[0].shape == (160, 240, 3)
+    comment = b"\xff\xfe\0\x05" + b"\xff\xd8\xff"
+    (tmp_path / "comment.jpg").write_bytes(whole[:2] + comment + whole[2:])
+    assert (load_picture(tmp_path / "comment.jpg")[0] == load_picture(tmp_path / "film.jpg")[0]).all()
     (tmp_path / "thumbnail.jpg").write_bytes(whole[:2] + thumbnail + whole[2:-2])
     fails(tmp_path / "thumbnail.jpg", "damaged")
+    assert capfd.readouterr().err == ""                                         # fault 41
+
+
+def test_other_threads_lines_are_not_lost(capfd, monkeypatch):
+    def decode(*_):
+        os.write(2, b"Corrupt JPEG data: bad\nfrom another thread\n")
+        return True, [GREY]
+
+    monkeypatch.setattr(cv2, "imdecodemulti", decode)
+    assert b"Corrupt" in pictures.pages_of(b"")[1] and capfd.readouterr().err == "from another thread\n"
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png"])
+def test_words_in_a_text_do_not_hide_a_turn(tmp_path, kind):                    # fault 28
+    path = write_with_exif(tmp_path / kind / "a.x", GREY, 6)
+    data = path.read_bytes()
+    if kind == "png":
+        data = data[:33] + png_chunk(b"tEXt", b"Comment\0eXIf, PLTE and Exif\0\0") + data[33:]
+    else:
+        data = data[:2] + b"\xff\xfe\0\x0eof Exif\0\0eXIf"[:16] + data[2:]
+    path.write_bytes(data)
+    assert "turned as" in load_picture(path)[1]
