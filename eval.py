@@ -20,6 +20,7 @@ import numpy as np
 from medficient_mini.evaluation.metrics import case_scores
 from medficient_mini.evaluation.report import add_seconds, markdown, metrics_csv, summary_csv
 from medficient_mini.files import first_line, whole_file
+from medficient_mini.inference.names import composed, show_any_name
 from medficient_mini.inference.npz import list_cases, modality_of, read_case, read_labels, source_of
 from medficient_mini.show.draw import compare_row, save_png
 from medficient_mini.show.progress import ProgressBar
@@ -50,6 +51,7 @@ def parse_arguments(argv):
 
 def main(argv=None) -> int:
     """Run the script with these arguments (default: the command line's); return the exit status."""
+    show_any_name()
     try:
         return evaluate(parse_arguments(argv))
     except (ValueError, OSError, BrokenProcessPool) as error:
@@ -86,7 +88,7 @@ def evaluate(arguments) -> int:
     tables |= {"summary.csv": summary_csv(results), "summary.md": markdown(results, arguments.published, heading)}
     for name, text in tables.items():
         with whole_file(output / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
     print(tables["summary.md"])
     for name, rows in results.items() if arguments.figure else ():
         draw_figures(arguments.figure / (name if len(results) > 1 else ""), rows, problems)
@@ -111,11 +113,11 @@ def named_folders(arguments):
 
 
 def files_by_name(folder, problems):
-    """{file name: path} of all NPZ files below the folder; a line in `problems` for each that has another's name."""
+    """{composed file name: path} of all NPZ files below the folder; a line in `problems` for each name that recurs."""
     found = {}
     for path in list_cases(folder):
-        if found.setdefault(path.name, path) != path:
-            problems.append(f"{path}: expected each file name once, found {found[path.name]} before")
+        if (first := found.setdefault(composed(path.name), path)) != path:
+            problems.append(f"{path}: expected each file name once, found {first} before")
     return found
 
 
@@ -173,6 +175,9 @@ def score(truth, masks, arguments):
                              f"found none of them in {name} (the largest is {segs.max()})")
         if not gts.any():
             hints.append(f"{truth.name}: gts: no label, so there is nothing to score")
+        elif gts.max() == 255 and (others := gts[gts < 255].max()) in range(1, 254):
+            hints.append(f"{truth.name}: gts: label 255 beside labels up to {others} is scored as an object like "
+                         "them; where it marks pixels to be ignored, set them to 0")
     except Exception as error:       # whatever it is, it costs this case alone
         wrong.append(f"{truth.name}: {first_line(error).removeprefix(truth.name + ': ')}")
     return rows, wrong, hints

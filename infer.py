@@ -22,6 +22,7 @@ from medficient_mini.cpu.fast import PRECISIONS
 from medficient_mini.files import first_line
 from medficient_mini.inference.checkpoint import load_model
 from medficient_mini.inference.compose import OVERLAPS, lost_objects
+from medficient_mini.inference.names import show_any_name
 from medficient_mini.inference.npz import list_cases, read_case, read_labels
 from medficient_mini.inference.predictor import segment_image
 from medficient_mini.inference.volume import PROPAGATIONS, segment_volume
@@ -30,7 +31,7 @@ from medficient_mini.userfiles.pick import pick, require_display
 from medficient_mini.userfiles.pictures import stem_of
 from medficient_mini.userfiles.prompts import (add_prompt_options, check_prompts, list_user_files, read_user_case,
                                                segment_points)
-from medficient_mini.userfiles.results import made_with, show, what_changed, what_decides, write
+from medficient_mini.userfiles.results import made_with, mask_file, show, what_changed, what_decides, write
 
 TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
@@ -68,10 +69,15 @@ def share_of(part: str | None) -> tuple[int, int]:
     """Return (k, n), counted from 0: this process does the cases k, k + n, k + 2n, …
 
     Without --part the numbers are torchrun's, if all its variables are set: RANK and WORLD_SIZE alone are left over
-    from something else. ValueError for anything but 1/3, 2/3 or 3/3.
+    from something else. ValueError for anything but 1/3, 2/3 or 3/3, and for a rank beyond the world.
     """
+    if part is None and not TORCHRUN <= os.environ.keys():
+        return 0, 1
     if part is None:
-        return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if TORCHRUN <= os.environ.keys() else (0, 1)
+        rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
+        if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+            raise ValueError(f"RANK, WORLD_SIZE: expected 0 <= RANK < WORLD_SIZE, found {rank!r} and {world!r}")
+        return int(rank), int(world)
     k, n = map(int, part.split("/")) if re.fullmatch(r"\d+/\d+", part) else (0, 0)
     if not 1 <= k <= n:
         raise ValueError(f"--part: expected K/N with 1 <= K <= N, found {part}")
@@ -112,7 +118,8 @@ def prepare(path: Path, boxes, decisive: dict, arguments):
     None where it is finished; its stored masks are drawn if a picture is wanted.
     """
     origin, result = made_with(path, boxes, decisive), arguments.output / f"{stem_of(path)}.npz"
-    reason = "new" if arguments.overwrite or arguments.pick else what_changed(origin, result)
+    mask = mask_file(path, arguments) if arguments.own_files else None
+    reason = "new" if arguments.overwrite or arguments.pick else what_changed(origin, result, mask)
     if not reason and not arguments.overlay:
         return None
     if arguments.own_files:
@@ -139,7 +146,7 @@ def segment(model, case, arguments, bar):
 
 
 def run(arguments) -> int:
-    """Segment every case, while the next one is read; return how many failed."""
+    """Segment every case, while the next one is read; return how many failed or went without picture or time."""
     cases, wrong = list_inputs(arguments)
     rank, world = share_of(arguments.part)
     paths = list(cases)[rank::world]
@@ -150,7 +157,7 @@ def run(arguments) -> int:
     model = load_model(arguments.weights, arguments.decoder_weights, arguments.device, arguments.precision)
     for line in wrong:
         print(line, file=sys.stderr)
-    start, done, skipped = time.perf_counter(), 0, 0
+    start, done, skipped, undecorated = time.perf_counter(), 0, 0, 0
     items = [(path, cases[path], decisive, arguments) for path in paths]
     bar = ProgressBar(ahead(prepare, items), len(items), "segmenting")
     for path, reading in bar:
@@ -170,16 +177,20 @@ def run(arguments) -> int:
             found = segment(model, case, arguments, bar)
             if not found:
                 break
-            for line in write(case, found, arguments, origin, time.perf_counter() - began):
+            lost, faults = write(case, found, arguments, origin, time.perf_counter() - began)
+            for line in lost + faults:
                 bar.write(f"{case.name}: {line}")
             done += 1
+            undecorated += bool(faults)
         except Exception as error:                               # whatever is wrong with a case, it costs one line
             line = first_line(error)
-            wrong.append(line if path.name in line else f"{path.name}: {line}")
+            line = line if path.name in line else f"{path.name}: {line}"
+            result = arguments.output / f"{stem_of(path)}.npz"
+            wrong.append(f"{line}; {result} holds the masks of an earlier run" if os.path.exists(result) else line)
             bar.write(wrong[-1])
     print(f"{done} segmented, {skipped} skipped as finished, {len(wrong)} failed, "
           f"{time.perf_counter() - start:.1f} s; masks in {arguments.output}")
-    return len(wrong)
+    return len(wrong) + undecorated
 
 
 def ahead(function, items):
@@ -195,8 +206,15 @@ def ahead(function, items):
 
 def main(argv=None) -> int:
     """Do what the command line says and return the exit status: 1 if a case or all failed, 130 if interrupted."""
+    show_any_name()
     arguments = parse_arguments(argv)
     try:
+        if arguments.threads is not None and arguments.threads < 1:
+            raise ValueError(f"--threads: expected a number above 0, found {arguments.threads}")
+        try:
+            torch.device(arguments.device)
+        except RuntimeError:
+            raise ValueError(f"--device: expected cpu, cuda, cuda:1, …, found {arguments.device}") from None
         if arguments.threads is not None:
             torch.set_num_threads(arguments.threads)
             cv2.setNumThreads(arguments.threads)

@@ -1,5 +1,6 @@
 """`infer.py` on NPZ cases, in this process with a stand-in network, but for what only a process of its own can show."""
 import csv
+import io
 import os
 import shutil
 import signal
@@ -178,7 +179,7 @@ def test_no_result_waits_to_be_written(cases, tmp_path, run, monkeypatch):
     """Fault 18: where writing is slow, all results waited in memory."""
     events, right = [], infer.segment_image
     monkeypatch.setattr(infer, "segment_image", lambda *a, **o: events.append("segmented") or right(*a, **o))
-    monkeypatch.setattr(infer, "write", lambda *_: time.sleep(0.02) or events.append("written") or [])
+    monkeypatch.setattr(infer, "write", lambda *_: time.sleep(0.02) or events.append("written") or ([], []))
     run("-i", cases, "-o", tmp_path / "out")
     assert events == ["segmented", "written"] * 2 + ["written"]                             # the last is a volume
 
@@ -210,7 +211,8 @@ def test_options_reach_the_network(cases, tmp_path, run, monkeypatch):
 @pytest.mark.parametrize("words, expected", [
     (["-i", "absent", "-o", "out"], "absent"), (["-i", DEMO, "-o", "out", "--weights", "absent.pth"], "absent.pth"),
     (["-i", DEMO, "-o", "out", "--part", "4/3"], "--part"), (["-i", DEMO, "-o", DEMO], "another folder"),
-    (["-i", DEMO, "-o", "file"], "file"), (["-i", DEMO, "-o", "out", "--threads", "-1"], "thread")])
+    (["-i", DEMO, "-o", "file"], "file"), (["-i", DEMO, "-o", "out", "--threads", "0"], "--threads: expected"),
+    (["-i", DEMO, "-o", "out", "--device", "banana"], "--device: expected")])
 def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, run, words, expected):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
@@ -274,3 +276,44 @@ def test_a_killed_run_leaves_whole_files(tmp_path):
     os.kill(run.pid, signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL and 0 < len(finished()) < 50           # killed in mid-run, not after it
     assert all(stored(path).shape == (30, 40) for path in finished())
+
+
+def test_a_name_that_is_no_text_and_a_console_of_few_characters(cases, tmp_path, run, monkeypatch):
+    """Fault 41: the line about a case failed where the console cannot show it."""
+    name = os.fsdecode(b"2D_US_lat\xe9in.npz")
+    np.savez(cases / name, imgs=np.zeros((9, 9), np.uint8), boxes=[[1, 1, 5, 5]])
+    assert run("-i", cases / name, "-o", tmp_path / "out")[1] == ["2D_US_lat\\udce9in.npz: label 1: nothing found"]
+    (cases / name).rename(cases / "2D_US_é.npz")
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert infer.main(["-i", str(cases / "2D_US_é.npz"), "-o", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize("wrong", ["overlay", "efficiency.csv"])
+def test_decoration_costs_no_masks(cases, tmp_path, run, wrong):
+    """Fault 9 in infer.py: a picture or a table that could not be written took the masks with it."""
+    (tmp_path / "file").write_text("a file where the folder should be")
+    folder = tmp_path / "file" if wrong == "overlay" else tmp_path / "pictures"
+    if wrong == "efficiency.csv":
+        (tmp_path / "out" / "efficiency.csv").mkdir(parents=True)
+    out, err = run("-i", cases / "2D_US_a.npz", "-o", tmp_path / "out", "--overlay", folder, code=1)
+    assert "1 segmented, 0 skipped as finished, 0 failed" in out and stored(tmp_path / "out" / "2D_US_a.npz").any()
+    assert len(err) == 1 and err[0].startswith("2D_US_a.npz: ") and wrong in err[0]
+    assert (tmp_path / "pictures" / "2D_US_a.png").exists() == (wrong != "overlay")
+
+
+def test_a_case_that_fails_now_says_that_its_masks_are_old(cases, tmp_path, run):
+    """Fault 37: the masks of other boxes stayed without a word."""
+    run("-i", cases / "2D_US_a.npz", "-o", tmp_path / "out")
+    np.savez(cases / "2D_US_a.npz", imgs=np.zeros((60, 90), np.uint8), boxes=[[9, 9, 5, 5]])
+    _, err = run("-i", cases / "2D_US_a.npz", "-o", tmp_path / "out", code=1)
+    assert len(err) == 1 and "boxes: expected" in err[0] and "2D_US_a.npz holds the masks of an earlier run" in err[0]
+
+
+@pytest.mark.parametrize("rank, world", [("5", "4"), ("-1", "4"), ("", "4"), ("a", "4"), ("0", "0")])
+def test_a_share_that_is_none(cases, tmp_path, run, monkeypatch, rank, world):
+    """Fault 11: it made a run do nothing, or the cases of another."""
+    values = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    _, err = run("-i", cases, "-o", tmp_path / "out", code=1)
+    assert len(err) == 1 and err[0].startswith("RANK, WORLD_SIZE: expected 0 <= RANK < WORLD_SIZE, found ")

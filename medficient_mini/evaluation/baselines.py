@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import first_line
+from ..inference.names import show_any_name
 from ..inference.npz import list_cases, read_case, write_segs
 from ..show.progress import ProgressBar
 
@@ -30,6 +31,7 @@ def fill(shape: tuple[int, ...], boxes: np.ndarray, ellipse: bool) -> np.ndarray
 
 def main(argv=None) -> int:
     """Run the script; return 1 if a case failed, else 0."""
+    show_any_name()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-i", "--input", required=True, help="folder of NPZ cases, or one")
     parser.add_argument("-o", "--output", required=True, type=Path, help="folder for the masks")

@@ -44,7 +44,8 @@ def nsd(gt: np.ndarray, seg: np.ndarray, spacing_mm=None, tolerance_mm: float = 
         gt, seg, spacing_mm = gt[None], seg[None], (1, 1, 1)
     mm = np.array(spacing_mm, float)
     if mm.shape != (3,) or not ((mm > 0) & (mm < np.inf)).all():
-        raise ValueError(f"spacing: expected 3 positive numbers in mm, found {np.ravel(spacing_mm)[:9].tolist()}")
+        found = "none" if spacing_mm is None else np.ravel(spacing_mm)[:9].tolist()
+        raise ValueError(f"spacing: expected 3 positive numbers in mm, found {found}")
     return near_share(gt, seg, mm, tolerance_mm, surfel_areas(mm))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import first_line
-from ..inference.names import patient_of
+from ..inference.names import composed, patient_of
 from .published import SECONDS, published_scores
 
 # The paper's order, and behind it what is not in its public validation set.
@@ -197,14 +197,14 @@ def add_seconds(rows: list[dict], folder, problems: list[str]) -> None:
     """
     path, seconds = Path(folder) / "efficiency.csv", {}
     try:
-        text = path.read_text("utf-8", "replace") if path.exists() else ""
+        text = path.read_text("utf-8", "surrogateescape") if path.exists() else ""
         for count, line in enumerate(csv.reader(io.StringIO(text, newline="")), 1):
             try:
-                seconds[line[0]] = float(line[1])
+                seconds[composed(line[0])] = float(line[1])
             except (IndexError, ValueError):
                 if line and line[0] != "case":               # jobs that start together may write the heading twice
                     problems.append(f"{path}: line {count}: expected case,seconds, found {','.join(line)}: left out")
     except (OSError, csv.Error) as error:
         problems.append(f"{path}: {first_line(error)}")
     for row in rows if seconds else ():
-        row["seconds"] = seconds.get(row["case"])
+        row["seconds"] = seconds.get(composed(row["case"]))

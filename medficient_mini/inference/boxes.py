@@ -24,7 +24,7 @@ def check_boxes(boxes, shape: tuple[int, ...], name: str, z_exclusive: bool = Fa
         ValueError: "boxes: expected …, found …" for another shape, numbers that are not finite, an upper corner below
             the lower, and boxes wholly outside.
     """
-    boxes, axes, warnings = np.asarray(boxes), len(shape), []
+    boxes, axes, warnings = as_array(boxes, "boxes"), len(shape), []
     check_columns(boxes, 2 * axes)
     boxes = boxes.astype(np.float64).reshape(-1, 2 * axes)
     lower, upper = boxes[:, :axes], boxes[:, axes:]                       # parts of `boxes`: they change together
@@ -54,7 +54,7 @@ def check_points(points, labels, shape: tuple[int, int]) -> tuple[np.ndarray, np
     """Check points on an image (H, W) and their labels.
 
     Args:
-        points: numbers (P, 2), x y, inside the image.
+        points: numbers (P, 2), x y, inside the image, one point at least.
         labels: (P,), 1 or True on the object, 0 or False beside it.
 
     Returns:
@@ -63,9 +63,9 @@ def check_points(points, labels, shape: tuple[int, int]) -> tuple[np.ndarray, np
     Raises:
         ValueError: "points: expected …, found …" or "point labels: expected …, found …".
     """
-    points, labels = np.asarray(points), np.asarray(labels)
-    if points.dtype.kind not in "iuf" or points.ndim != 2 or points.shape[1] != 2:
-        raise FieldError(f"points: expected numbers of shape (P, 2), x y, found {points.dtype} {points.shape}")
+    points, labels = as_array(points, "points"), as_array(labels, "point labels")
+    if points.dtype.kind not in "iuf" or points.ndim != 2 or points.shape[1] != 2 or not len(points):
+        raise FieldError(f"points: expected numbers of shape (P, 2), x y, P > 0, found {points.dtype} {points.shape}")
     outside = ~((points >= 0) & (points < shape[::-1]))                   # NaN is outside too
     if outside.any():
         raise FieldError(f"points: expected them inside the {shape[1]}×{shape[0]} pixels, "
@@ -85,6 +85,14 @@ def check_columns(boxes, columns: int) -> None:
         raise FieldError(f"boxes: expected shape (N, {columns}), {order}, found {shape}")
     if shape[0] > 65535:
         raise FieldError(f"boxes: expected at most 65535 boxes, found {shape[0]}")
+
+
+def as_array(numbers, name: str) -> np.ndarray:
+    """Return numbers as an array. ValueError, one line, for rows of different lengths."""
+    try:
+        return np.asarray(numbers)
+    except ValueError:
+        raise FieldError(f"{name}: expected rows of numbers, all of one length, found several lengths") from None
 
 
 def as_text(numbers) -> str:

@@ -13,6 +13,7 @@ Files are opened with `weights_only=True`: code in them is never run.
 import hashlib
 import importlib.util
 import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -27,7 +28,8 @@ from .packing import State, expand_state
 LITE_MEDSAM_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
 ENCODER = "image_encoder."
 DEFAULT = Path(__file__).parents[1] / "weights" / "medficientsam_l1.pth"
-WRAPPERS = re.compile(r"^((_orig_mod|module|model|net)\.)+|_orig_mod\.")    # what training puts before their names
+# What training puts before the names.
+WRAPPERS = re.compile(r"^((_orig_mod|module|(ema_)?model|net|network|sam|sam_model)\.)+|_orig_mod\.")
 
 
 class NoRandomStart(TorchFunctionMode):
@@ -88,14 +90,35 @@ def read_torch(path):
     """Read a file of `torch.save` without running code. ValueError, one line, that says what else the file is."""
     try:
         with torch.serialization.safe_globals(STAND_INS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):                             # torch compares no checksums
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"wrong checksum of {damaged}")
+        return content
     except Exception as error:       # torch raises many kinds here; the user needs the file's name and one reason
         reason = first_line(str(error).rpartition("error: ")[2])
-        found = stray_kind(path) or f"another or damaged file ({reason[:120]})"
+        found = stray_kind(path) or _text_kind(path) or f"another or damaged file ({reason[:120]})"
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             found = (f"pickled code ({code[1]}), which is never run; where the file was made, save its tensors "
                      "alone: torch.save(model.state_dict(), FILE)")
     raise ValueError(f"{path}: weights: expected a PyTorch checkpoint, found {found}")
+
+
+def _text_kind(path) -> str:
+    """Tell that a file is text, as a server's answer in the file's place is; "" for any other."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            start = file.read(40).strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return f"a web page or text ({first_line(start)})" if re.sub(r"\s", "", start).isprintable() else ""
+
+
+def _holds_tensors(content) -> bool:
+    """Tell whether a dict, or one in it, holds tensors under names; an optimiser's have numbers in place of names."""
+    return isinstance(content, dict) and any(isinstance(value, Tensor) or _holds_tensors(value)
+                                             for key, value in content.items() if isinstance(key, str))
 
 
 def load_state(path) -> tuple[str, State]:
@@ -115,9 +138,14 @@ def _unwrap(path, content) -> tuple[str, State]:
     """What `load_state` says of the content of a file."""
     if not isinstance(content, dict):
         raise ValueError(f"{path}: weights: expected a state dict, found {type(content).__name__}")
-    while inner := [content[key] for key in ("state_dict", "model_state_dict", "model", "net")
-                    if isinstance(content.get(key), dict)]:
-        content = inner[0]
+    while nested := [key for key, value in content.items() if isinstance(key, str) and _holds_tensors(value)]:
+        known = [key for key in ("state_dict", "model_state_dict", "model", "net") if key in nested]
+        if not known and any(isinstance(value, Tensor) and value.ndim for value in content.values()):
+            break                    # these are the weights, and the dict beside them is something else
+        if not known and len(nested) > 1:
+            raise ValueError(f"{path}: weights: expected one state dict, found {', '.join(nested)}; save the right "
+                             f"one alone: torch.save(torch.load(FILE)[{nested[0]!r}], NEW)")
+        content = content[(known or nested)[0]]
     state = {}
     for key, value in content.items():
         if not isinstance(value, Tensor) or not isinstance(key, str):
@@ -125,6 +153,8 @@ def _unwrap(path, content) -> tuple[str, State]:
         key = WRAPPERS.sub("", key).replace("student_encoder.", ENCODER)
         # The teacher of a distillation is not wanted, and TinyViT's index tables are no weights.
         if not key.startswith("teacher_encoder.") and not key.endswith("attention_bias_idxs"):
+            if key in state:
+                raise ValueError(f"{path}: weights: expected each weight once, found several of {key}")
             state[key] = value
     state = expand_state(state)
     return recognise(path, state), state
@@ -161,6 +191,8 @@ def load_strictly(model: torch.nn.Module, state: State, path) -> None:
                       if key in own and value.shape != own[key].shape],
         # The sum is not finite where a number is not, and is found without a second tensor of that size.
         "with NaN or infinite numbers": [key for key, value in state.items() if not value.float().sum().isfinite()],
+        "with negative variances": [key for key, value in state.items()
+                                    if key.endswith("running_var") and (value < 0).any()],
     }
     text = "; ".join(f"{len(keys)} {kind} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
                      for kind, keys in faults.items() if keys)
@@ -198,7 +230,7 @@ def load_model(weights: str | Path | None = None, decoder_weights: str | Path | 
     if all(key.startswith(ENCODER) for key in state):
         raise ValueError(f"{path}: weights: expected a whole network, found an image encoder alone; name a file with "
                          "prompt encoder and mask decoder: --decoder-weights FILE (MedSAM's or LiteMedSAM's)")
-    with torch.device("meta"), NoRandomStart():                                   # shapes only: no memory, no random weights
+    with torch.device("meta"), NoRandomStart():             # shapes only: no memory, no random weights
         model = build_sam(name)
     load_strictly(model, state, path)
     model.calibration = content.get("calibration")               # the activation ranges that int8 needs

@@ -1,5 +1,10 @@
-"""Which patient a file belongs to, guessed from its name: training splits and evaluation resamples by patient."""
+"""Names of files: which patient they tell, in which form they are compared, and how any of them can be shown.
+
+Training splits and evaluation resamples by patient.
+"""
 import re
+import sys
+import unicodedata
 from pathlib import Path
 
 PREFIX = re.compile(r"[23]D(Box)?_[^_.]+_")                  # dimension and modality, as in 3D_CT_STS_001
@@ -16,6 +21,18 @@ NUMBERED = re.compile(r"""
             | (?<=_) (?! (?:19|20)\d\d[-_] ) \d+
             | (?<=-) (?! (?:19|20)\d\d[-_] ) \d{3,} )
           (?= (?: [-_] (?: [a-z]*\d+ | l | r | left | right | od | os ) )+ $ ) ) )""", re.IGNORECASE | re.VERBOSE)
+
+
+def show_any_name() -> None:
+    """Let stdout and stderr write what their encoding lacks, as in names that are no UTF-8, as \\u… instead."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def composed(name: str) -> str:
+    """Return a file name with each accented letter as one character (Unicode's form NFC): macOS writes two."""
+    return unicodedata.normalize("NFC", name)
 
 
 def patient_of(name: str, pattern: str | None = None) -> str:

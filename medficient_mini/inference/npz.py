@@ -209,10 +209,10 @@ class _Array:
                 yield start, np.frombuffer(stream.read(numbers * self.dtype.itemsize), self.dtype, numbers)
 
     def read(self, dtype, scale: float | None = None) -> np.ndarray:
-        """Return the whole array as `dtype`, C-contiguous; with a scale, multiplied by it and rounded."""
+        """Return the whole array as `dtype`, C-contiguous; with a scale, multiplied by it, rounded, at most 255."""
         array = np.empty(math.prod(self.shape), dtype)
         for start, piece in self.pieces():
-            array[start:start + len(piece)] = piece if scale is None else piece.astype(np.float64) * scale + 0.5
+            array[start:start + PIECE] = piece if scale is None else (piece.astype(float) * scale + 0.5).clip(max=255)
         return np.ascontiguousarray(array.reshape(self.shape, order="F" if self.fortran else "C"))
 
     def limits(self) -> tuple[float, float]:
@@ -264,7 +264,7 @@ def _read_pixels(imgs: _Array, case: Case) -> np.ndarray:
         raise FieldError(f"imgs: expected uint8 or numbers within 0-255, found {imgs.dtype} {found}")
     scale = None                             # integers stay as they are
     if imgs.dtype.kind == "f":
-        scale = 255.0 if 0 < high <= 1 else 1.0
+        scale = 255.0 if 0 < high <= 1.01 else 1.0         # rounding may have ended above 1
     if scale == 255:
         case.warnings.append(f"{case.name}: imgs: expected numbers within 0-255, found {low:g} to {high:g}: "
                              "multiplied by 255")

@@ -228,8 +228,9 @@ class Predictor:
             check_boxes(boxes.cpu().numpy() * zoom, self.original_size, "boxes")
         if point_coords is not None:
             points = point_coords, point_labels.int()                    # of booleans, the padding -1 would become 1
-            if not ((points[1] >= -1) & (points[1] <= 1)).all():
-                raise ValueError("point labels: expected 0, 1 or -1")
+            whole = (points[1] == point_labels) & (points[1] >= -1) & (points[1] <= 1)
+            if not whole.all() or 0 in whole.shape[1:]:
+                raise ValueError("point labels: expected 0, 1 or -1, one for each prompt at least")
         logits, iou = decode(self.model, embedding, boxes, points, mask_input, multimask_output)
         frame = (*self.original_size, self.model.image_size)
         if return_logits:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .boxes import as_array
 from .compose import OVERLAPS, Composition, compose
 from .geometry import box_of_mask, boxes_to_network, logits_to_mask, scaled_size
 from .predictor import checked_boxes, checked_pixels, decode_boxes, encode
@@ -54,9 +55,11 @@ def segment_volume(model, volume: np.ndarray, boxes: np.ndarray, drawn_slice: np
     if propagation not in PROPAGATIONS:
         raise ValueError(f"propagation: expected one of {', '.join(PROPAGATIONS)}, found {propagation!r}")
     if drawn_slice is not None:
-        drawn_slice = np.asarray(drawn_slice)
-        if drawn_slice.shape != boxes.shape[:1] or ((drawn_slice < boxes[:, 2]) | (drawn_slice > boxes[:, 5])).any():
-            raise ValueError(f"drawn_slice: expected one within each of {len(boxes)} boxes, found {drawn_slice}")
+        drawn_slice = as_array(drawn_slice, "drawn_slice")
+        if drawn_slice.shape != boxes.shape[:1] or drawn_slice.dtype.kind not in "iuf" or not (
+                (drawn_slice >= boxes[:, 2]) & (drawn_slice <= boxes[:, 5]) & (drawn_slice % 1 == 0)).all():
+            raise ValueError(f"drawn_slice: expected a whole number within each of {len(boxes)} boxes, "
+                             f"found {drawn_slice.tolist()}")
     found = Composition(volume.shape[:3], len(boxes), separate)
     if propagation == "published":
         propagate(found, model, volume, boxes, drawn_slice, cache_mb, progress, should_stop)

@@ -3,7 +3,6 @@
 Coordinates are pixels (voxel indices i j k) of the original file, zero-based, inclusive.
 """
 import csv
-import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from ..files import list_files
 from ..inference.boxes import check_boxes, check_points
 from ..inference.compose import Composition
+from ..inference.names import composed
 from ..inference.npz import Case, modality_of
 from ..inference.predictor import Predictor
 from .nifti import AXES, load_nifti
@@ -99,11 +99,6 @@ def read_boxes(path: Path) -> dict[str, list[list[float]]]:
     if not table:
         raise ValueError(f"{path.name}: file: expected lines of file and box, found none")
     return table
-
-
-def composed(name: str) -> str:
-    """A file name with each accented letter as one character (Unicode's form NFC)."""
-    return unicodedata.normalize("NFC", name)
 
 
 def list_user_files(arguments) -> tuple[dict[Path, list[list[float]]], list[str]]:

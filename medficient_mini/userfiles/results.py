@@ -7,12 +7,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from ..files import first_line
 from ..inference.checkpoint import resolve
 from ..inference.compose import Composition, lost_objects
 from ..inference.npz import Case, write_segs
 from ..show.draw import contact_sheet, overlay, save_png
 from .nifti import save_label_nifti
-from .pictures import save_label_picture, stem_of
+from .pictures import is_nifti, save_label_picture, stem_of
 
 # The options that decide a result, besides the files of weights.
 DECISIVE = ("precision", "propagation", "overlap", "separate", "z_exclusive", "point", "background", "pick", "z",
@@ -42,14 +43,24 @@ def made_with(path: Path, boxes, decisive: dict) -> str:
     return json.dumps({"input": digest(path), **decisive, "boxes": boxes})
 
 
-def what_changed(origin: str, result: Path) -> str:
+def mask_file(name, arguments) -> Path:
+    """Return where the masks of a user's own file of that name go: STEM_mask.png, or STEM_mask.nii.gz."""
+    return arguments.output / f"{stem_of(name)}_mask.{'nii.gz' if is_nifti(name) else 'png'}"
+
+
+def what_changed(origin: str, result: Path, mask: Path | None = None) -> str:
     """Compare what would make a result now, as `made_with` says it, with what made it, the field of that name.
+
+    Args:
+        mask: the file of `mask_file`, which belongs to the result of a user's own file.
 
     Returns:
         "new" where there is no result, else what differs, in words: none where nothing does.
     """
     if not result.exists():
         return "new"
+    if mask and not mask.exists():
+        return f"{mask.name} is gone"
     try:
         with np.load(result, allow_pickle=False) as file:
             before = json.loads(str(file["made_with"]))
@@ -76,30 +87,37 @@ def show(case: Case, labels: np.ndarray, arguments) -> None:
     save_png((arguments.overlay or arguments.output) / f"{name}.png", picture)
 
 
-def write(case: Case, found: Composition, arguments, origin: str, seconds: float) -> list[str]:
-    """Write the picture and the masks of a case, and its row of efficiency.csv.
+def write(case: Case, found: Composition, arguments, origin: str, seconds: float):
+    """Write the masks of a case, its picture and its row of efficiency.csv.
 
     Of a user's own file the labels become STEM_mask.png, or STEM_mask.nii.gz on the file's own grid, and STEM.npz
     holds its `boxes`, `points`, `intensity` and `spacing` as they lie on the slices beside `segs`. With --separate,
     where objects overlap, the NPZ also holds each object's own mask: `masks` bool (N, H, W) of an image, `bits` of a
-    volume (see `Composition`). The NPZ comes after the pictures: where it is, the case is finished.
+    volume (see `Composition`). The NPZ comes after the mask file, and what is mere decoration
+    behind it: where both are, the case is finished.
 
     Returns:
-        a line for each object that was lost.
+        A line for each object that was lost, and one for the picture and the row each, if it could not be written.
     """
-    show(case, found.labels, arguments)
-    target, fields = arguments.output / stem_of(case.name), {"made_with": origin}
+    fields, lost, faults = {"made_with": origin}, lost_objects(found), []
     if arguments.own_files:
         fields |= {name: getattr(case, name) for name in FIELDS if getattr(case, name) is not None}
         if case.is_3d:
-            save_label_nifti(f"{target}_mask.nii.gz", found.labels, case.grid)
+            save_label_nifti(mask_file(case.name, arguments), found.labels, case.grid)
         else:
-            save_label_picture(f"{target}_mask.png", found.labels)
+            save_label_picture(mask_file(case.name, arguments), found.labels)
     if arguments.separate and found.mask_sizes.sum() > found.kept_sizes().sum():
         fields |= {"bits": found.bits} if case.is_3d else {"masks": found.masks()}
-    write_segs(f"{target}.npz", found.labels, **fields)
-    lost, table = lost_objects(found), arguments.output / "efficiency.csv"
+    write_segs(arguments.output / f"{stem_of(case.name)}.npz", found.labels, **fields)
+    try:
+        show(case, found.labels, arguments)
+    except Exception as error:
+        faults.append(f"overlay: {first_line(error)}")
+    table = arguments.output / "efficiency.csv"
     heading = [] if table.exists() else [("case", "seconds", "lost")]    # twice at worst: readers skip it
-    with open(table, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file).writerows([*heading, (case.name, f"{seconds:.3f}", "; ".join(lost))])
-    return lost
+    try:
+        with open(table, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            csv.writer(file).writerows([*heading, (case.name, f"{seconds:.3f}", "; ".join(lost))])
+    except OSError as error:
+        faults.append(f"efficiency.csv: {first_line(error)}")
+    return lost, faults

@@ -1,5 +1,9 @@
 """eval.py on tiny cases, in this process."""
 import csv
+import io
+import os
+import sys
+import unicodedata
 
 import cv2
 import numpy as np
@@ -121,7 +125,7 @@ def test_every_bad_input_is_one_line_and_the_rest_is_scored(folders, evaluate):
     }
     bad_truth = {
         "2D_US_gtfield.npz": (dict(imgs=LABELS), "gts: expected this array, found only imgs"),
-        "3D_US_spacing.npz": (dict(gts=LABELS[None]), "spacing: expected"),
+        "3D_US_spacing.npz": (dict(gts=LABELS[None]), "spacing: expected 3 positive numbers in mm, found none"),
         "3D_US_badspacing.npz": (dict(gts=LABELS[None], spacing=np.ones((9, 40))), "spacing: expected"),     # fault 41
     }
     for name, (mask, _) in bad_masks.items():
@@ -245,3 +249,39 @@ def test_by_source(tmp_path, evaluate):
     assert evaluate("-s", tmp_path / "segs", "-g", tmp_path / "gts", "--by-source")[0] == 0
     text = (tmp_path / "segs/summary.md").read_text()
     assert "| US BUSI | 1 | 100.00 |" in text and "| US HC18 | 2 | 85.00 |" in text
+
+
+ODD_NAME = os.fsdecode(b"2D_US_lat\xe9in.npz")                     # a file name that is no UTF-8
+
+
+def test_fault_41_a_name_that_is_no_text_costs_no_table(folders, evaluate):
+    np.savez(folders / "gts" / ODD_NAME, gts=LABELS)
+    np.savez(folders / "near" / ODD_NAME, segs=LABELS)
+    (folders / "near" / "efficiency.csv").write_bytes(b"case,seconds\n2D_US_lat\xe9in.npz,3\n")
+    assert evaluate("-s", folders / "near", "-g", folders / "gts")[::2] == (0, [])
+    text = (folders / "near" / "metrics.csv").read_text(errors="surrogateescape")
+    assert f"{ODD_NAME},US,1,1.000000,1.000000,3.000000" in text
+    (folders / "near" / ODD_NAME).unlink()
+    assert "2D_US_lat\\udce9in.npz" in evaluate("-s", folders / "near", "-g", folders / "gts")[2][0]
+
+
+def test_fault_41_a_console_of_few_characters_costs_no_table(folders, evaluate, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    evaluate("-s", folders / "near", f"b={folders / 'far'}", "-g", folders / "gts")
+    sys.stdout.flush()
+    assert b"\\u2212" in sys.stdout.buffer.getvalue(), "the minus of a difference"
+
+
+def test_accents_of_one_and_of_two_characters_are_the_same_name(folders, evaluate):
+    np.savez(folders / "gts" / unicodedata.normalize("NFC", "2D_US_é.npz"), gts=LABELS)
+    np.savez(folders / "near" / unicodedata.normalize("NFD", "2D_US_é.npz"), segs=LABELS)
+    (folders / "near" / "efficiency.csv").write_text(unicodedata.normalize("NFD", "case,seconds\n2D_US_é.npz,3\n"))
+    assert evaluate("-s", folders / "near", "-g", folders / "gts")[::2] == (0, [])
+    assert table(folders / "near" / "metrics.csv", "case")["2D_US_é.npz"]["seconds"] == "3.000000"
+
+
+def test_fault_23_a_label_to_ignore_is_hinted_at(folders, evaluate):
+    labels = np.maximum(LABELS, square(30, 30, 5, label=255))
+    np.savez(folders / "gts" / "2D_CT_a.npz", gts=labels)
+    status, _, lines = evaluate("-s", folders / "near", "-g", folders / "gts")
+    assert status == 0 and len(lines) == 1 and lines[0].startswith("2D_CT_a.npz: gts: label 255 beside labels up to 1")

@@ -60,7 +60,8 @@ def prefixed(prefix, state=WHOLE):
     prefixed("_orig_mod."), prefixed("module._orig_mod."), prefixed("_orig_mod.module."), prefixed("net."),
     {key.replace("image_encoder.", "image_encoder._orig_mod."): value for key, value in WHOLE.items()},
     {"model_state_dict": WHOLE}, {"state_dict": {"model": {"model_state_dict": prefixed("model.module.")}}},
-    {**WHOLE, 0: torch.zeros(1)},
+    {**WHOLE, 0: torch.zeros(1)}, {**WHOLE, "extra": {"a": torch.zeros(1)}},
+    {"model": WHOLE, "net": {"depth": 3}},
     {"model": WHOLE, "folder": Path("/data/run"), "args": argparse.Namespace(lr=1e-3, out=Path("x")),
      "best": np.float64(0.9), "step": np.int32(7), "curve": np.arange(3.0), "rng": np.random.get_state()},
 ])
@@ -181,7 +182,8 @@ def test_other_contents_are_refused(tmp_path, content, words, capsys):
 @pytest.mark.parametrize("content, words", [
     (b"", "an empty file"), (b" \n", "an empty file"), (b"<!DOCTYPE html><html></html>", "a web page"),
     (b"\n <html>", "a web page"), (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
-    (b"PK\x03\x04 not a checkpoint", "damaged"), (b"hello", "damaged"), (b'{"message": "Not Found"}', "damaged"),
+    (b"PK\x03\x04 not a checkpoint", "damaged"), (b"Entry not found", "a web page or text (Entry not found)"),
+    (b'{"message": "Not Found"}', "a web page or text"), (b"\xef\xbb\xbf<!doctype html>\n", "a web page or text"),
     (pickle.dumps(Surprise()), "damaged"), (pickle.dumps(Surprise(), protocol=2), "pickled code")])
 def test_other_files_are_called_what_they_are(tmp_path, content, words):
     (tmp_path / "w.pth").write_bytes(content)
@@ -227,3 +229,40 @@ def test_the_published_lite_medsam_file():
     assert name == "lite_medsam" and len(state) == 435
     assert hashlib.sha256(LITE.read_bytes()).hexdigest() == checkpoint.LITE_MEDSAM_SHA256
     assert load_model(LITE).image_size == 256
+
+
+# ------------------------------------------------------------------------------------------- brothers of faults 38 to 40
+
+def test_a_flipped_bit_is_found(tmp_path):                                   # fault 39
+    torch.save(WHOLE, tmp_path / "w.pth")
+    content = bytearray((tmp_path / "w.pth").read_bytes())
+    content[content.index(torch.full((1, 2), 3.0).numpy().tobytes())] ^= 1
+    (tmp_path / "w.pth").write_bytes(content)
+    assert "damaged" in error_of(load_state, tmp_path / "w.pth")
+    torch.save(WHOLE, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert load_state(tmp_path / "old.pth")[1].keys() == WHOLE.keys()
+
+
+@pytest.mark.parametrize("key", ["state", "model_state", "params", "ema", "network", "weights"])
+def test_weights_under_any_one_key(tmp_path, key):                           # fault 40
+    optimizer = {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1.0}]}
+    content = {key: {"model_state_dict": WHOLE}, "model": {"depth": 3}, "optimizer": optimizer, "step": torch.tensor(3)}
+    torch.save(content, tmp_path / "w.pth")
+    assert load_state(tmp_path / "w.pth")[1].keys() == WHOLE.keys()
+    torch.save({key: WHOLE, "other": WHOLE}, tmp_path / "w.pth")
+    line = error_of(load_state, tmp_path / "w.pth")
+    assert f"expected one state dict, found {key}, other" in line and "torch.save(" in line
+
+
+@pytest.mark.parametrize("prefix", ["sam.", "sam_model.", "network.", "ema_model."])
+def test_further_prefixes(tmp_path, prefix):                                 # fault 40
+    torch.save(prefixed(prefix), tmp_path / "w.pth")
+    assert load_state(tmp_path / "w.pth")[1].keys() == WHOLE.keys()
+    torch.save({**prefixed(prefix), **prefixed("model.")}, tmp_path / "w.pth")
+    assert "expected each weight once" in error_of(load_state, tmp_path / "w.pth")
+
+
+def test_variances_below_zero(lite, tmp_path):                               # fault 38
+    key = next(key for key in lite if key.endswith("running_var"))
+    torch.save({**lite, key: -lite[key]}, tmp_path / "w.pth")
+    assert f"1 with negative variances ({key})" in error_of(load_model, tmp_path / "w.pth")

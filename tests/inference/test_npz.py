@@ -138,6 +138,13 @@ def test_other_types_within_0_255_are_converted(tmp_path, dtype, order):
     assert case.volume.flags.c_contiguous
 
 
+@pytest.mark.parametrize("highest", [1.0001, 1.01])
+def test_rounding_above_1_is_no_brightness(tmp_path, highest):               # fault 8: the image stayed almost black
+    case = read_case(save(tmp_path, imgs=RGB / 255.0 * highest))
+    assert np.abs(case.image.astype(int) - RGB).max() <= 3 and case.image.max() == 255
+    assert len(case.warnings) == 1 and f"found 0 to {highest}: multiplied by 255" in case.warnings[0]
+
+
 def test_fractions_are_rounded_and_0_1_is_spread(tmp_path):
     assert read_case(save(tmp_path, imgs=np.full((4, 5), 99.6), boxes=np.zeros(0))).image.max() == 100
     case = read_case(save(tmp_path, imgs=RGB / 255.0))

@@ -193,3 +193,23 @@ def test_a_loop_written_for_segment_anything_runs_on_the_default_weights():
     image[60:140, 50:170] = 220
     found = label_everything(Predictor(load_model()), image, np.array([[45., 55, 175, 145]]))
     assert len(found) == 1 and abs(found[0]["area"] / (80 * 120) - 1) < 0.1
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (dict(box=[[1, 2, 3, 4], [1, 2]]), "boxes: expected rows of numbers"),
+    (dict(point_coords=[[1, 2], [3]], point_labels=[1, 1]), "points: expected rows of numbers"),
+    (dict(point_coords=np.zeros((0, 2)), point_labels=np.zeros(0)), "points: expected")])
+def test_prompts_of_no_shape(wrong, words):                                  # fault 34
+    predictor = Predictor(BrightSam())
+    predictor.set_image(IMAGE)
+    with pytest.raises(ValueError, match=words):
+        predictor.predict(**wrong)
+
+
+@pytest.mark.parametrize("labels", [[[0.5]], [[1.9]], [[]]])
+def test_labels_of_points_are_whole(labels):                                 # fault 34
+    predictor = Predictor(BrightSam())
+    predictor.set_image(IMAGE)
+    labels = torch.tensor(labels)
+    with pytest.raises(ValueError, match="point labels: expected"):
+        predictor.predict_torch(torch.full((1, labels.shape[1], 2), 9.0), labels, torch.tensor([[5.0, 5, 60, 50]]))

@@ -189,3 +189,9 @@ def test_lite_medsam_loosens_the_propagated_box():
     lite.image_size = 256
     assert next_prompt(lite, mask, default).tolist() == pytest.approx([0, 9.8, 129.72, 65.72], abs=1e-2)
     assert next_prompt(model, mask & False, default) is default
+
+
+@pytest.mark.parametrize("wrong", [[np.nan], ["middle"], [1.5], [7], [[1], [1, 2]]])
+def test_a_drawn_slice_that_is_none(wrong):                                  # fault 35
+    with pytest.raises(ValueError, match="drawn_slice: expected"):
+        segment_volume(BrightSam(), np.zeros((5, 9, 9), np.uint8), [[1, 1, 0, 5, 5, 3]], wrong)

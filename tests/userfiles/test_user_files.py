@@ -76,6 +76,15 @@ def test_a_picture_gives_a_mask_picture_an_overlay_and_an_npz(pictures, tmp_path
     assert cv2.imread(str(tmp_path / "out/a_overlay.png")).shape[1] >= 512
 
 
+def test_an_overlay_whose_name_is_too_long_costs_a_line(pictures, tmp_path, run):
+    """Fault 9: it cost the masks."""
+    name = "a" * 244
+    (pictures / "a.png").rename(pictures / f"{name}.png")
+    out, err = run("-i", pictures / f"{name}.png", "-o", tmp_path / "out", "--box", 25, 15, 75, 45, code=1)
+    assert "1 segmented, 0 skipped as finished, 0 failed" in out and (tmp_path / "out" / f"{name}_mask.png").exists()
+    assert len(err) == 1 and "File name too long" in err[0]
+
+
 def test_a_table_chooses_resumes_and_costs_its_bad_lines(pictures, tmp_path, run):
     """Faults 36 and 37: an absent name ended the run, and after editing the table the old masks stayed."""
     table, words = tmp_path / "b.csv", ("-i", pictures, "-o", tmp_path / "out", "--boxes", tmp_path / "b.csv")
@@ -93,6 +102,15 @@ def test_a_table_chooses_resumes_and_costs_its_bad_lines(pictures, tmp_path, run
     with np.load(tmp_path / "out/a.npz") as file:
         assert not file["segs"][:, 55:].any()
     assert "c.tif: done again: other window" in run(*words, "--window", 2000, 4000)[0]
+
+
+def test_a_mask_picture_that_is_gone_is_made_again(pictures, tmp_path, run):
+    """Fault 37: a case counted as finished without one of its outputs."""
+    words = ("-i", pictures / "a.png", "-o", tmp_path / "out", "--box", 25, 15, 75, 45)
+    run(*words)
+    (tmp_path / "out/a_mask.png").unlink()
+    assert "a.png: done again: a_mask.png is gone" in run(*words)[0] and (tmp_path / "out/a_mask.png").exists()
+    assert "1 skipped" in run(*words)[0]
 
 
 def test_points_are_drawn_and_an_empty_mask_is_said(pictures, tmp_path, run):
