@@ -159,6 +159,7 @@ def convert(arguments) -> int:
     if lonely:
         names = ", ".join(path.name for path in lonely[:5]) + ", …" * (len(lonely) > 5)
         print(f"{names}: expected an image of the same name, found none for {len(lonely)} masks", file=sys.stderr)
+    arguments.output.mkdir(parents=True, exist_ok=True)                       # a file of that name costs one line
     targets, objects = set(), []
     bar = ProgressBar(pairs.items(), len(pairs), "converting")
     for image, masks in bar:

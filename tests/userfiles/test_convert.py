@@ -273,3 +273,11 @@ def test_bad_options_and_empty_folders_are_one_line(run, tmp_path, extra, words)
     (tmp_path / "i").mkdir()
     _, err = run(*extra, code=1)
     assert len(err) == 1 and __import__("re").match(words, err[0])
+
+
+def test_an_output_that_is_a_file_is_one_line(run, tmp_path):                   # fault 41
+    for name in ("i/a.png", "g/a.png", "i/b.png", "g/b.png"):
+        save(tmp_path / name, scattered())
+    (tmp_path / "o").touch()
+    _, err = run(code=1)
+    assert len(err) == 1 and "File exists" in err[0]
