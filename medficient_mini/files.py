@@ -10,8 +10,8 @@ def list_files(path, suffixes: tuple[str, ...]) -> list[Path]:
     """Return the files with these endings in a folder and its subfolders, sorted, or the one file itself.
 
     Linked folders are followed, each folder once. Hidden files are left out: they are half-written outputs, of ours
-    or of a copying tool. A subfolder that may not be read costs a line on stderr. Links to nothing are files here, which
-    fail in their own line when they are read.
+    or of a copying tool. A subfolder that may not be read costs a line on stderr. Links to nothing count as files,
+    which fail in their own line when they are read.
 
     Raises:
         ValueError: there is no such file.

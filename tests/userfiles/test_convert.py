@@ -250,7 +250,8 @@ def test_what_is_missing_is_named_and_the_rest_goes_on(tmp_path, run):          
     for name in ("i/a.png", "g/a.png", "g/b_mask.png", "g/c.png"):
         save(tmp_path / name, scattered())
     out, err = run()
-    assert "1 of 1 written" in out and err == ["b_mask.png, c.png: expected an image of the same name, found none for 2 masks"]
+    assert "1 of 1 written" in out
+    assert err == ["b_mask.png, c.png: expected an image of the same name, found none for 2 masks"]
     for name in ("i/b.png", "g/c.png"):
         (tmp_path / name).unlink(missing_ok=True)
         (tmp_path / name).symlink_to(tmp_path / "absent" / name)

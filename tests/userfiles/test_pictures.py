@@ -234,6 +234,7 @@ def test_words_in_a_text_do_not_hide_a_turn(tmp_path, kind):                    
     if kind == "png":
         data = data[:33] + png_chunk(b"tEXt", b"Comment\0eXIf, PLTE and Exif\0\0") + data[33:]
     else:
-        data = data[:2] + b"\xff\xfe\0\x0eof Exif\0\0eXIf"[:16] + data[2:]
+        comment = b"of Exif\0\0"
+        data = data[:2] + b"\xff\xfe" + struct.pack(">H", len(comment) + 2) + comment + data[2:]
     path.write_bytes(data)
     assert "turned as" in load_picture(path)[1]
