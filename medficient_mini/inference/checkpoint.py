@@ -7,6 +7,7 @@
 | MedficientSAM fine-tuned (Lightning) | `{"state_dict": {"model.…"}}` | whole model |
 | ours, 8 bits (cpu/int8.py, packing.py) | `{"model": {…}, "calibration": {…}}` | whole model |
 | MedficientSAM distilled (Lightning) | `{"state_dict": {"student_encoder.…", "teacher_encoder.…"}}` | encoder only |
+| others | the state dict as the only dict of named tensors, under any keys | either |
 
 Files are opened with `weights_only=True`: code in them is never run.
 """

@@ -255,10 +255,11 @@ ODD_NAME = os.fsdecode(b"2D_US_lat\xe9in.npz")                     # a file name
 
 
 def test_fault_41_a_name_that_is_no_text_costs_no_table(folders, evaluate):
-    np.savez(folders / "gts" / ODD_NAME, gts=LABELS)
+    np.savez(folders / "gts" / ODD_NAME, imgs=LABELS, gts=LABELS)
     np.savez(folders / "near" / ODD_NAME, segs=LABELS)
     (folders / "near" / "efficiency.csv").write_bytes(b"case,seconds\n2D_US_lat\xe9in.npz,3\n")
-    assert evaluate("-s", folders / "near", "-g", folders / "gts")[::2] == (0, [])
+    words = ("-s", folders / "near", "-g", folders / "gts", "--figure", folders / "pictures")
+    assert evaluate(*words)[::2] == (0, []) and (folders / "pictures" / "US.png").exists()
     text = (folders / "near" / "metrics.csv").read_text(errors="surrogateescape")
     assert f"{ODD_NAME},US,1,1.000000,1.000000,3.000000" in text
     (folders / "near" / ODD_NAME).unlink()
