@@ -200,7 +200,6 @@ def draw_figures(folder, rows, problems):
                 if case.is_3d:
                     pixels, z = case.volume, int(np.count_nonzero(case.gts, axis=(1, 2)).argmax())
                 caption = f"{kind}: DSC {100 * row['dsc']:.1f} %, NSD {100 * row['nsd']:.1f} %   {row['case']}"
-                caption = caption.encode(errors="backslashreplace").decode()       # OpenCV crashes on other text
                 pictures.append(compare_row(pixels[z], case.gts[z], segs[z], caption))
             save_png(folder / f"{target}.png", np.vstack(pictures))
         except Exception as error:   # a picture is decoration

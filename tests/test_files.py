@@ -20,14 +20,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 # Fault 15.
 @pytest.mark.parametrize("name", ["x" * 251 + ".npz", "ä" * 125 + ".npz", "a." + "x" * 253])
-def test_the_longest_names_can_be_written(tmp_path, name):
+def test_the_longest_names_can_be_written(tmp_path, name):  # fault 15
     with whole_file(tmp_path / name) as temporary:
         temporary.write_text("new")
     assert (tmp_path / name).read_text() == "new" and len(list(tmp_path.iterdir())) == 1
 
 
 # Fault 15.
-def test_threads_that_write_one_path_do_not_share_the_temporary_file(tmp_path):
+def test_threads_that_write_one_path_do_not_share_the_temporary_file(tmp_path):  # fault 15
     with whole_file(tmp_path / "a") as one, whole_file(tmp_path / "a") as other:
         one.write_text("one")
         other.write_text("other")
@@ -44,7 +44,7 @@ def test_threads_that_write_one_path_do_not_share_the_temporary_file(tmp_path):
 
 
 # Fault 33.
-def test_list_files(tmp_path, capsys):
+def test_list_files(tmp_path, capsys):  # fault 33
     folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
     for name in ("b.npz", "sub/a.npz", "a.NPZ", ".tmp-x.npz", "c.txt", "sub/d.npz.part"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

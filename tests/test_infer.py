@@ -80,7 +80,7 @@ def test_a_folder_end_to_end_then_resumed_then_in_parts(cases, tmp_path, run):
         assert (stored(tmp_path / "parts" / name) == stored(tmp_path / "out" / name)).all()
 
 
-def test_a_share_is_taken_from_torchrun_alone(cases, tmp_path, run, monkeypatch):
+def test_a_share_is_taken_from_torchrun_alone(cases, tmp_path, run, monkeypatch):  # fault 11
     """Fault 11: RANK and WORLD_SIZE left in the environment made a plain run do a part of the cases."""
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -92,7 +92,7 @@ def test_a_share_is_taken_from_torchrun_alone(cases, tmp_path, run, monkeypatch)
     assert [path.name for path in (tmp_path / "rank").glob("*.npz")] == ["2D_US_b.npz"]
 
 
-def test_finished_cases_are_drawn_from_their_masks(cases, tmp_path, run):
+def test_finished_cases_are_drawn_from_their_masks(cases, tmp_path, run):  # fault 10
     """Fault 10: --overlay on finished cases drew nothing."""
     run("-i", cases, "-o", tmp_path / "out")
     out, err = run("-i", cases, "-o", tmp_path / "out", "--overlay", tmp_path / "pictures")
@@ -102,7 +102,7 @@ def test_finished_cases_are_drawn_from_their_masks(cases, tmp_path, run):
         assert picture.read_bytes() == (tmp_path / "pictures" / picture.name).read_bytes()
 
 
-def test_what_made_a_result_decides_whether_it_is_finished(cases, tmp_path, run):
+def test_what_made_a_result_decides_whether_it_is_finished(cases, tmp_path, run):  # fault 37
     """Fault 37: other boxes, weights or options left the old masks as finished."""
     common = ("-i", cases, "-o", tmp_path / "out")
     run(*common)
@@ -161,7 +161,7 @@ def test_bad_cases_cost_one_line_each_and_the_others_go_on(cases, tmp_path, run,
 
 
 @pytest.mark.parametrize("room", ["segment_image", "write"])
-def test_an_unexpected_error_costs_one_case(cases, tmp_path, run, monkeypatch, room):
+def test_an_unexpected_error_costs_one_case(cases, tmp_path, run, monkeypatch, room):  # fault 14
     """Fault 14: an error of a kind that nobody had thought of ended the batch. Fault 41: it is one line."""
     right = getattr(infer, room)
 
@@ -175,7 +175,7 @@ def test_an_unexpected_error_costs_one_case(cases, tmp_path, run, monkeypatch, r
     assert err == ["2D_US_a.npz: broken"] and "2 segmented, 0 skipped as finished, 1 failed" in out
 
 
-def test_no_result_waits_to_be_written(cases, tmp_path, run, monkeypatch):
+def test_no_result_waits_to_be_written(cases, tmp_path, run, monkeypatch):  # fault 18
     """Fault 18: where writing is slow, all results waited in memory."""
     events, right = [], infer.segment_image
     monkeypatch.setattr(infer, "segment_image", lambda *a, **o: events.append("segmented") or right(*a, **o))
@@ -184,7 +184,7 @@ def test_no_result_waits_to_be_written(cases, tmp_path, run, monkeypatch):
     assert events == ["segmented", "written"] * 2 + ["written"]                             # the last is a volume
 
 
-def test_names_with_commas_and_quotes_in_the_table(cases, tmp_path, run):
+def test_names_with_commas_and_quotes_in_the_table(cases, tmp_path, run):  # fault 9
     """Fault 9: they broke efficiency.csv."""
     shutil.copy(cases / "2D_US_a.npz", cases / '2D_US_"x", y.npz')
     run("-i", cases, "-o", tmp_path / "out")
@@ -220,7 +220,7 @@ def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, run, words, expecte
     assert len(err) == 1 and expected in err[0]
 
 
-def test_a_precision_beside_a_gpu_is_refused(tmp_path, capsys):
+def test_a_precision_beside_a_gpu_is_refused(tmp_path, capsys):  # fault 12
     """Fault 12: --precision was ignored with --device cuda."""
     words = ["-i", str(DEMO), "-o", str(tmp_path / "out"), "--device", "cuda", "--precision", "int8"]
     assert infer.main(words) == 1
@@ -289,7 +289,7 @@ def test_a_name_that_is_no_text_and_a_console_of_few_characters(cases, tmp_path,
 
 
 @pytest.mark.parametrize("wrong", ["overlay", "efficiency.csv"])
-def test_decoration_costs_no_masks(cases, tmp_path, run, wrong):
+def test_decoration_costs_no_masks(cases, tmp_path, run, wrong):  # fault 9
     """Fault 9 in infer.py: a picture or a table that could not be written took the masks with it."""
     (tmp_path / "file").write_text("a file where the folder should be")
     folder = tmp_path / "file" if wrong == "overlay" else tmp_path / "pictures"
@@ -310,7 +310,7 @@ def test_a_case_that_fails_now_says_that_its_masks_are_old(cases, tmp_path, run)
 
 
 @pytest.mark.parametrize("rank, world", [("5", "4"), ("-1", "4"), ("", "4"), ("a", "4"), ("0", "0")])
-def test_a_share_that_is_none(cases, tmp_path, run, monkeypatch, rank, world):
+def test_a_share_that_is_none(cases, tmp_path, run, monkeypatch, rank, world):  # fault 11
     """Fault 11: it made a run do nothing, or the cases of another."""
     values = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for name, value in values.items():

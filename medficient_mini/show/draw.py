@@ -133,6 +133,7 @@ def contours(labels, thickness: int) -> np.ndarray:
 
 def write(picture, text: str, x: int, y: int, size: float, colour=WHITE, outline=BLACK) -> None:
     """`text` at the baseline point x, y; with an outline it reads on any background."""
+    text = text.encode(errors="backslashreplace").decode()                     # OpenCV crashes on a half character
     for ink, thickness in ((outline, 3), (colour, 1)):
         if ink is not None:
             cv2.putText(picture, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, size, ink, thickness, cv2.LINE_AA)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ..files import first_line
-from ..inference.names import patient_of
+from ..inference.names import patient_of, show_any_name
 from ..machine import keep_memory
 from ..show.progress import ProgressBar
 from .cases import balance_weights, describe_patients, list_slices, scan_cases, split_cases
@@ -90,6 +90,7 @@ def run_script(train, arguments):
 
     Of several processes the first alone speaks, but for such lines.
     """
+    show_any_name()
     try:
         world = start(arguments)
         with nullcontext() if world.first else redirect_stderr(io.StringIO()):

@@ -19,6 +19,7 @@ import numpy as np
 
 from ..files import first_line, list_files
 from ..inference.compose import label_dtype
+from ..inference.names import show_any_name
 from ..inference.npz import write_npz
 from ..show.progress import ProgressBar
 from .labels import load_label_picture
@@ -187,6 +188,7 @@ def convert(arguments) -> int:
 
 def main(argv=None) -> int:
     """Run the command line; return 1 if an image failed or an option was wrong."""
+    show_any_name()
     try:
         return 1 if convert(parse_arguments(argv)) else 0
     except (ValueError, OSError) as error:

