@@ -44,7 +44,8 @@ def parse_arguments(argv=None):
     parser.add_argument("--weights", help="checkpoint file, or lite_medsam (default: the package's own weights)")
     parser.add_argument("--decoder-weights", help="checkpoint whose prompt encoder and decoder join a bare encoder")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto",
-                        help="auto: bf16 where the CPU has it, else f32; int8 needs a file of medficient_mini.cpu.int8")
+                        help="auto: bf16 where the CPU has it, else f32; int8 needs the default weights or a file "
+                             "of medficient_mini.cpu.int8")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--overlay", type=Path, metavar="DIR", help="also write a picture of each case there")

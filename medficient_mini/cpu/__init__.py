@@ -1,1 +1,1 @@
-"""The same networks, faster on a CPU. Everything works without this room."""
+"""The same networks, faster on a CPU. The package works without this room."""

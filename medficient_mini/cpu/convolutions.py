@@ -2,7 +2,8 @@
 
 `fuse` walks through an encoder and swaps layers by their names: convolution, batch norm and GELU become one call with
 weights packed once, and where a block adds its input to its output that sum is made inside the last convolution. The
-encoder's own forward passes (nets/efficientvit.py, nets/tinyvit.py) stay what is run. Maps are channels-last: the
+encoder's own forward passes (nets/efficientvit.py, nets/tinyvit.py) stay what is run, but for LiteMLA and Neck, which
+are written anew here: who changes those in nets/ changes them here as well. Maps are channels-last: the
 256 or so channels of a pixel lie side by side in memory, as oneDNN wants them.
 """
 import torch

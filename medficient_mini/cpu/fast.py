@@ -1,7 +1,7 @@
 """A loaded network in its form for inference on a CPU: the same results in less time.
 
-Image encoders keep their own forward pass; their layers are swapped for fused ones (convolutions.py) or 8-bit ones
-(int8.py). The mask decoder is arranged anew (decoder.py). The operators behind this are private to torch (its compiler
+Image encoders keep their own forward pass, but for LiteMLA and Neck of EfficientViT, which convolutions.py writes
+anew; their layers are swapped for fused ones (convolutions.py) or 8-bit ones (int8.py). The mask decoder is arranged anew (decoder.py). The operators behind this are private to torch (its compiler
 uses them): where one is absent, the plain network is used.
 """
 import copy

@@ -1,6 +1,7 @@
 """Which object keeps a pixel that several masks claim: N masks, given as logits, become one picture of labels.
 
-Images, the slices of volumes and the mouse window all compose here. Full-size logits exist for one object at a time,
+Images, the slices of volumes and the mouse window all compose here; the published propagation (volume.py) alone has
+a rule of its own. Full-size logits exist for one object at a time,
 and only where its mask is; the rest stays at 256×256. README.md beside this file compares the rules.
 """
 import numpy as np

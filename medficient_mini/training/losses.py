@@ -1,6 +1,6 @@
 """The losses of the two training stages, and the Dice coefficient that validation reports.
 
-Everything is computed in float32, whatever comes in: sums over 512 x 512 pixels overflow a half-precision mantissa.
+Everything is computed in float32, whatever comes in: sums over 512 x 512 pixels lose their low digits in half precision.
 (Autocast leaves these operations in the type of their inputs.)
 """
 import torch
