@@ -26,6 +26,7 @@ from medficient_mini.inference.names import show_any_name
 from medficient_mini.inference.npz import list_cases, read_case, read_labels
 from medficient_mini.inference.predictor import segment_image
 from medficient_mini.inference.volume import PROPAGATIONS, segment_volume
+from medficient_mini.machine import place_among_processes
 from medficient_mini.show.progress import ProgressBar
 from medficient_mini.userfiles.pick import pick, require_display
 from medficient_mini.userfiles.pictures import stem_of
@@ -33,7 +34,6 @@ from medficient_mini.userfiles.prompts import (add_prompt_options, check_prompts
                                                segment_points)
 from medficient_mini.userfiles.results import made_with, mask_file, show, what_changed, what_decides, write
 
-TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
 
 def parse_arguments(argv=None):
@@ -69,16 +69,10 @@ def parse_arguments(argv=None):
 def share_of(part: str | None) -> tuple[int, int]:
     """Return (k, n), counted from 0: this process does the cases k, k + n, k + 2n, …
 
-    Without --part the numbers are torchrun's, if all its variables are set: RANK and WORLD_SIZE alone are left over
-    from something else. ValueError for anything but 1/3, 2/3 or 3/3, and for a rank beyond the world.
+    Without --part the numbers are torchrun's. ValueError for anything but 1/3, 2/3 or 3/3.
     """
-    if part is None and not TORCHRUN <= os.environ.keys():
-        return 0, 1
     if part is None:
-        rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
-        if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
-            raise ValueError(f"RANK, WORLD_SIZE: expected 0 <= RANK < WORLD_SIZE, found {rank!r} and {world!r}")
-        return int(rank), int(world)
+        return place_among_processes()[:2]
     k, n = map(int, part.split("/")) if re.fullmatch(r"\d+/\d+", part) else (0, 0)
     if not 1 <= k <= n:
         raise ValueError(f"--part: expected K/N with 1 <= K <= N, found {part}")
@@ -155,13 +149,14 @@ def run(arguments) -> int:
         print(f"part {rank + 1}/{world}: {len(paths)} of {len(cases)} cases")
     arguments.output.mkdir(parents=True, exist_ok=True)
     decisive = what_decides(arguments)
-    model = load_model(arguments.weights, arguments.decoder_weights, arguments.device, arguments.precision)
     for line in wrong:
         print(line, file=sys.stderr)
-    start, done, skipped, undecorated = time.perf_counter(), 0, 0, 0
+    model, start, done, skipped, undecorated = None, time.perf_counter(), 0, 0, 0
     items = [(path, cases[path], decisive, arguments) for path in paths]
     bar = ProgressBar(ahead(prepare, items), len(items), "segmenting")
     for path, reading in bar:
+        if model is None and not reading.exception() and reading.result():     # finished cases need no network
+            model = load_model(arguments.weights, arguments.decoder_weights, arguments.device, arguments.precision)
         try:
             prepared = reading.result()
             if prepared is None:

@@ -1,7 +1,24 @@
-"""This module knows what differs from machine to machine: bfloat16 in the CPU, and how glibc keeps memory."""
+"""What this process runs on: its place among torchrun's processes, bfloat16 in the CPU, how glibc keeps memory."""
 import ctypes
+import os
 
 import torch
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def place_among_processes() -> tuple[int, int, int]:
+    """Return this process's rank, the number of processes and its rank on this machine, as torchrun tells them.
+
+    They are 0, 1 and 0 unless all of torchrun's variables are set: RANK and WORLD_SIZE alone are left over from
+    something else. ValueError, one line, for a rank beyond the world and for what is no number.
+    """
+    if not all(name in os.environ for name in TORCHRUN):
+        return 0, 1, 0
+    rank, world, local = (os.environ[name] for name in TORCHRUN[:3])
+    if not (rank.isdecimal() and world.isdecimal() and local.isdecimal() and int(rank) < int(world)):
+        raise ValueError(f"RANK, WORLD_SIZE: expected 0 <= RANK < WORLD_SIZE, found {rank!r} and {world!r}")
+    return int(rank), int(world), int(local)
 
 
 def native_bf16() -> bool:

@@ -72,7 +72,9 @@ def test_a_folder_end_to_end_then_resumed_then_in_parts(cases, tmp_path, run):
     assert all((tmp_path / "pictures" / f"{path.stem}.png").stat().st_size > 1000 for path in cases.glob("*.npz"))
     assert [row[0] for row in rows(tmp_path / "out")] == ["case", "2D_US_a.npz", "2D_US_b.npz", "3D_CT_c.npz"]
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.npz")}
+    run.loaded.clear()
     assert "0 segmented, 3 skipped as finished" in run("-i", cases, "--out", tmp_path / "out")[0]
+    assert not run.loaded                                                    # finished cases need no network
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.npz")}
     for k in (1, 2, 3):
         assert f"part {k}/3: 1 of 3 cases" in run("-i", cases, "-o", tmp_path / "parts", "--part", f"{k}/3")[0]

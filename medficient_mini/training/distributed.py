@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..machine import native_bf16
+from ..machine import TORCHRUN, native_bf16, place_among_processes
 
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # The others wait while the first process unpacks volumes or the slowest one computes its share of the embeddings.
 LONGEST_WAIT = timedelta(hours=2)
 
@@ -40,7 +39,7 @@ class Distributed:
         if missing and "WORLD_SIZE" in os.environ:
             print(f"WORLD_SIZE in the environment: ignored, expected {', '.join(missing)} beside it as torchrun sets "
                   "them; this is the only process", file=sys.stderr)
-        self.rank, self.size, local = (0, 1, 0) if missing else (int(os.environ[name]) for name in TORCHRUN[:3])
+        self.rank, self.size, local = place_among_processes()
         self.first = self.rank == 0
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
