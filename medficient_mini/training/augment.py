@@ -10,19 +10,13 @@ from ..inference.volume import section_boxes
 
 
 def augment(image, labels, rng, mode, limit):
-    """Move an image and its labels together.
+    """Move an image, uint8 (H, W) or (H, W, 3), and its integer labels (H, W) together.
 
-    Args:
-        image: uint8 (H, W) or (H, W, 3).
-        labels: integers (H, W).
-        mode: "none"; "flips", of each axis with probability 0.5; or "full", flips and then, with probability 0.5, a
-            shift by up to 0.0625 of the side, a scale of 0.8 to 1.2 and a rotation by up to 90 degrees
-            (MedficientSAM, section 3.3).
-        limit: before shift-scale-rotate an image is shrunk to so many pixels on its longer side.
+    Mode "none" moves nothing. "flips" flips each axis with probability 0.5. "full" flips and then, with probability
+    0.5, shifts by up to 0.0625 of the side, scales by 0.8 to 1.2 and rotates by up to 90 degrees (MedficientSAM,
+    section 3.3); before that an image is shrunk to `limit` pixels on its longer side.
 
-    Returns:
-        image, labels: moved.
-        flip: whether they were flipped (horizontally, vertically), None where they were rotated too.
+    Returns image, labels, and whether they were flipped (horizontally, vertically), None where they were rotated too.
     """
     if mode == "none":
         return image, labels, (False, False)
@@ -30,20 +24,20 @@ def augment(image, labels, rng, mode, limit):
     axes = tuple(np.flatnonzero(flip[::-1]))                                   # rows are axis 0
     # Copies, since torch takes no negative strides, which np.ascontiguousarray leaves an axis of length 1.
     image, labels = np.flip(image, axes).copy(), np.flip(labels, axes).copy()
-    if mode == "flips" or rng.random() >= 0.5:
-        return image, labels, flip
-    if max(labels.shape) > limit:
-        height, width = scaled_size(*labels.shape, limit)
-        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-        labels = cv2.resize(labels.astype(np.int32), (width, height), interpolation=cv2.INTER_NEAREST)
-    return *shift_scale_rotate(image, labels, rng), None
+    if mode == "full" and rng.random() < 0.5:
+        return *shift_scale_rotate(image, labels.astype(np.int32), rng, limit), None
+    return image, labels, flip
 
 
-def shift_scale_rotate(image, labels, rng):
+def shift_scale_rotate(image, labels, rng, limit):
     """Draw and apply the affine part of `augment`; what comes in from outside the image has its darkest value."""
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2.functional import affine
 
+    if max(labels.shape) > limit:
+        size = scaled_size(*labels.shape, limit)[::-1]                         # OpenCV's order
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        labels = cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST)
     move = dict(angle=rng.uniform(-90, 90), scale=rng.uniform(0.8, 1.2), shear=[0.0, 0.0],
                 translate=list(rng.uniform(-0.0625, 0.0625, 2) * labels.shape[::-1]))
     pixels = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1)                          # (1 or 3, H, W)
@@ -51,16 +45,23 @@ def shift_scale_rotate(image, labels, rng):
     moved = affine(pixels, interpolation=InterpolationMode.BILINEAR, fill=float(image.min()), **move)
     # Interpolation mixes the border with 0 first: hence the maximum.
     image = np.maximum(moved.permute(1, 2, 0).numpy().reshape(image.shape), image.min(), order="C")
-    labels = torch.from_numpy(labels.astype(np.int32))[None]
-    return image, affine(labels, interpolation=InterpolationMode.NEAREST, **move)[0].numpy()
+    return image, affine(torch.from_numpy(labels)[None], **move)[0].numpy()                   # the nearest label
+
+
+def draw_augmented(image, labels, rng, mode, limit):
+    """Apply `augment`; what moves every object out of the picture is drawn again, and left out after nine attempts."""
+    for _ in range(9):
+        moved = augment(image, labels, rng, mode, limit)
+        if moved[1].any() or not labels.any():
+            return moved
+    return image, labels, (False, False)
 
 
 def photometric(image, rng):
     """Change how bright, contrasted, sharp and noisy an image is, its colours, or swap black and white of a grey one.
 
-    Clinics' devices differ in just that. Three of ten images are returned as they are, the same array.
-
-    image uint8 (H, W) or (H, W, 3) RGB -> uint8 of the same shape; its range of values is spread to 0-255 first.
+    Clinics' devices differ in just that. uint8 (H, W) or (H, W, 3) RGB gives uint8 of the same shape, its range of
+    values first spread to 0-255; three of ten images are returned as they are, the same array.
     """
     is_same, gamma, contrast, inverse, colour, blur, noise = rng.random(7) < [0.3, 0.5, 0.4, 0.1, 0.5, 0.2, 0.2]
     if is_same:
@@ -103,9 +104,10 @@ def mask_to_network(mask, size):
 class Objects:
     """How the objects of a slice become prompts and targets: at most `count` of them, in random order.
 
-    Boxes are given in pixels of a square of `prompt_size`, masks in one of `mask_size`, as the image is scaled and
-    padded to it. Each side of a tight box moves outward by 0 to `shift` whole pixels of the original image, then
-    either way by up to `jitter` (below 0.5) of the box's side, and stays inside the image.
+    Both methods to draw them return a dict of boxes (count, 4) float32, x0 y0 x1 y1 in pixels of a square of
+    `prompt_size`, masks (count, mask_size, mask_size) uint8, and box_valid (count,) bool; rows that are not valid are
+    zero. Each side of a tight box moves outward by 0 to `shift` whole pixels of the original image, then either way
+    by up to `jitter` (below 0.5) of the box's side, and stays inside the image.
     """
     count: int
     mask_size: int
@@ -114,16 +116,8 @@ class Objects:
     jitter: float = 0.0
 
     def draw(self, labels, rng, factor=1.0):
-        """Prompt the objects of an image with their own loosened boxes.
-
-        Args:
-            labels: integers (H, W), 0 for the background; `factor` pixels of them are one of the original image.
-
-        Returns:
-            dict of boxes (count, 4) float32, x0 y0 x1 y1, masks (count, mask_size, mask_size) uint8 and box_valid
-            (count,) bool; the rows that are not valid are zero.
-        """
-        values = rng.permutation(np.flatnonzero(np.bincount(labels.ravel())[1:]) + 1)[:self.count]
+        """Prompt the objects of integer labels (H, W), of which `factor` pixels are one of the original image."""
+        values = rng.permutation(np.setdiff1d(labels, 0))[:self.count]
         boxes = [self.loosen(box_of_mask(labels == value), labels.shape, rng, factor) for value in values]
         return self._targets(labels, values, boxes)
 
@@ -131,14 +125,8 @@ class Objects:
         """Prompt the objects of slice z of a volume as inference does, by `section_boxes` of their loosened boxes.
 
         In z a box is loosened by up to one slice: where it reaches beyond its object the right answer is an empty
-        mask. In a slice without any label all boxes reach so far.
-
-        Args:
-            labels: integers (H, W) of the slice, which was flipped by `flip` (horizontally, vertically).
-            objects: N lists of label and tight box x0 y0 z0 x1 y1 z1, not flipped (see `SliceCache.objects`).
-
-        Returns:
-            dict as that of `draw`.
+        mask. In a slice without any label all boxes reach so far. `labels` (H, W) of the slice were flipped by `flip`
+        (horizontally, vertically), `objects` (see `SliceCache.objects`) were not.
         """
         objects = np.array(objects, float).reshape(-1, 7)
         values, boxes = objects[:, 0], objects[:, 1:]
@@ -147,9 +135,8 @@ class Objects:
         boxes = boxes[here]
         boxes[:, [0, 1, 3, 4]] = self.loosen(boxes[:, [0, 1, 3, 4]], labels.shape, rng)
         prompts = section_boxes(boxes, z)
-        for axis, length in enumerate(labels.shape[::-1]):
-            if flip[axis]:
-                prompts[:, [axis, axis + 2]] = length - 1 - prompts[:, [axis + 2, axis]]
+        for axis in np.flatnonzero(flip):
+            prompts[:, [axis, axis + 2]] = labels.shape[1 - axis] - 1 - prompts[:, [axis + 2, axis]]
         return self._targets(labels, values[here], prompts)
 
     def loosen(self, boxes, shape, rng, factor=1.0):
@@ -160,19 +147,9 @@ class Objects:
         return np.clip(boxes, 0, [shape[1] - 1, shape[0] - 1] * 2)
 
     def _targets(self, labels, values, boxes):
-        targets = {"boxes": torch.zeros(self.count, 4),
-                   "masks": torch.zeros(self.count, self.mask_size, self.mask_size, dtype=torch.uint8),
-                   "box_valid": torch.arange(self.count) < len(values)}
+        prompts, masks = torch.zeros(self.count, 4), np.zeros((self.count, self.mask_size, self.mask_size), np.uint8)
         for row, (value, box) in enumerate(zip(values, boxes)):
-            targets["boxes"][row] = boxes_to_network(box[None], *labels.shape, self.prompt_size)[0]
-            targets["masks"][row] = torch.from_numpy(mask_to_network(labels == value, self.mask_size))
-        return targets
-
-
-def draw_augmented(image, labels, rng, mode, limit):
-    """Apply `augment`; what moves every object out of the picture is drawn again, and left out after nine attempts."""
-    for _ in range(9):
-        moved = augment(image, labels, rng, mode, limit)
-        if moved[1].any() or not labels.any():
-            return moved
-    return image, labels, (False, False)
+            prompts[row] = boxes_to_network(box, *labels.shape, self.prompt_size)
+            masks[row] = mask_to_network(labels == value, self.mask_size)
+        valid = torch.arange(self.count) < len(values)
+        return {"boxes": prompts, "masks": torch.from_numpy(masks), "box_valid": valid}

@@ -3,7 +3,7 @@
 A case is the npz.Header of one NPZ file; a slice is (index of the case, z), with z = 0 for a 2D image.
 """
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -15,101 +15,76 @@ from ..show.progress import ProgressBar
 
 
 def scan_cases(folder, strict=False, need_masks=False):
-    """Find all training cases under a folder, subfolders included, from the headers of the NPZ files alone.
+    """Find the cases below a folder, subfolders included, by the headers of its files: list of npz.Header by path.
 
-    Args:
-        folder: where the files are, or one file.
-        strict: stop at a bad file instead of leaving it out with one line on stderr.
-        need_masks: take a file without `gts` for bad.
-
-    Returns:
-        list of npz.Header, sorted by path.
-
-    Raises:
-        ValueError: one line; no case is left, or one is bad and `strict` is set.
+    With `need_masks` a file without `gts` is bad. A bad file is left out with one line on stderr. ValueError, one
+    line, if there is one and `strict` is set, or if no case is left.
     """
     paths = list_cases(folder)
-    headers = _each(partial(read_header, need_gts=need_masks), paths, "checking cases", strict)
-    if not any(headers):
+    cases = [header for _, header in _each(partial(read_header, need_gts=need_masks), paths, "checking cases", strict)]
+    if not cases:
         raise ValueError(f"{folder}: expected a usable case, found none among {len(paths)} NPZ files")
-    return [header for header in headers if header]
+    return cases
 
 
 def _each(function, items, label, strict):
-    """[function(item), …], computed in threads; None where it raised ValueError, which costs a line on stderr."""
-    results = []
+    """Yield (position, function(item)), computed in threads; an item with a ValueError costs a line unless strict."""
     with ThreadPoolExecutor(4) as pool:
         futures = [pool.submit(function, item) for item in items]
         bar = ProgressBar(futures, len(items), label)
-        for future in bar:
+        for position, future in enumerate(bar):
             try:
-                results.append(future.result())
+                yield position, future.result()
             except ValueError as error:
                 if strict:
                     raise
                 bar.write(str(error))
-                results.append(None)
-    return results
 
 
 def split_cases(cases, val_fraction, seed, patient_pattern=None):
-    """Keep part of the patients for validation, in every modality alike.
+    """Keep part of the patients for validation, in every modality alike: training cases, validation cases.
 
-    Each modality gives `val_fraction` of its patients, rounded, but at least one, and keeps at least one. Where all
-    cases are of one patient they are split one by one.
-
-    Returns:
-        training cases, validation cases: lists of npz.Header; both hold a case if there are two.
-
-    Raises:
-        ValueError: one line; `patient_pattern`, a regular expression for `patient_of`, does not match a name.
+    Each modality gives `val_fraction` of its patients, rounded, but at least one, and keeps at least one. Cases of a
+    single patient are split one by one, so of two cases each side holds one. ValueError, one line, for a name that
+    `patient_pattern` (see `patient_of`) does not match.
     """
     patients = [patient_of(case.path, patient_pattern) for case in cases]
     if len(set(patients)) == 1:
-        patients = [case.path for case in cases]
-    modalities = {}
-    for key, case in zip(patients, cases):
-        modalities.setdefault(key, set()).add(case.modality)
-    in_training = Counter(modality for of_patient in modalities.values() for modality in of_patient)
-    keys, chosen = list(modalities), set()
-    order = [keys[i] for i in np.random.default_rng(seed).permutation(len(keys))]
-    for modality, count in sorted(in_training.items()):
-        kept = count - max(1, int(count * val_fraction + 0.5))
-        for key in order:
-            is_last = min(in_training[other] for other in modalities[key]) < 2
-            if modality in modalities[key] and not is_last and key not in chosen and in_training[modality] > kept:
-                chosen.add(key)
-                in_training.subtract(modalities[key])
-    if not chosen:                                                             # each modality has but one patient
-        chosen.update(order[1:2])
-    sides = [], []
-    for key, case in zip(patients, cases):
-        sides[key in chosen].append(case)
-    return sides
+        patients = [str(case.path) for case in cases]
+    groups, chosen = defaultdict(set), set()
+    for patient, case in zip(patients, cases):
+        groups[case.modality].add(patient)
+    order = np.random.default_rng(seed).permutation(list(dict.fromkeys(patients))).tolist()
+    for _, group in sorted(groups.items()):
+        wanted = max(1, int(len(group) * val_fraction + 0.5))
+        for patient in order:
+            if len(group & chosen) < wanted and patient in group and patient not in chosen and all(
+                    len(other - chosen) > 1 for other in groups.values() if patient in other):
+                chosen.add(patient)
+    chosen = chosen or order[1:2]                                              # each modality has but one patient
+    return [[case for patient, case in zip(patients, cases) if (patient in chosen) == side] for side in (False, True)]
 
 
 def describe_patients(cases, patient_pattern=None):
-    """Return "N patients in M cases", with a warning where the guess may have split patients or joined several."""
+    """Return "N patients in M cases", with a warning where the guess may have joined several patients or split them."""
     counts = Counter(patient_of(case.path, patient_pattern) for case in cases)
-    line, alike = f"{len(counts)} patients in {len(cases)} cases", {}
+    line = f"{len(counts)} patients in {len(cases)} cases"
     largest, most = counts.most_common(1)[0]
+    single = [patient for patient, count in counts.items() if count == 1]
+    beginnings = Counter(filter(None, (re.sub(r"([-_ ][^-_ ]*|\d+)$", "", patient) for patient in single)))
     if most > max(1, len(cases) / 2) and (patient_pattern is None or len(counts) == 1):
-        how = " and are split one by one" if len(counts) == 1 else ""
-        return (f"{line}; warning: {most} cases count as one patient ({largest}){how}: if they are of several, say so "
-                "with --patient REGEX, or validation sees patients of training")
-    if patient_pattern is not None:
+        doubt = f"{most} cases count as one patient ({largest})" + " and are split one by one" * (len(counts) == 1)
+    elif patient_pattern is None and sum(count for count in beginnings.values() if count > 1) > len(cases) / 2:
+        alike = max(beginnings, key=beginnings.get)
+        doubt = f"most cases count as patients of their own, though names begin alike ({alike}…)"
+    else:
         return line
-    for patient, count in counts.items():
-        beginning = re.sub(r"([-_ ][^-_ ]*|\d+)$", "", patient)
-        if count == 1 and beginning:
-            alike.setdefault(beginning, []).append(patient)
-    groups = [names for names in alike.values() if len(names) > 1]
-    if sum(map(len, groups)) > len(cases) / 2:
-        first, second, *_ = max(groups, key=len)
-        return (f"{line}; warning: most cases count as patients of their own, though names begin alike ({first} and "
-                f"{second}): if those are of one patient, say so with --patient REGEX, or validation sees patients of "
-                "training")
-    return line
+    return f"{line}; warning: {doubt}: if that is wrong, use --patient REGEX, or validation sees patients of training"
+
+
+def depth(case):
+    """Return the number of slices of a case, 1 for an image."""
+    return case.shape[0] if case.is_3d else 1
 
 
 def list_slices(cases, cache, labelled_only, strict=False):
@@ -119,28 +94,24 @@ def list_slices(cases, cache, labelled_only, strict=False):
     """
     def slices_of(case):
         labelled = cache.objects(case)[0]
-        if labelled_only:
-            return labelled
-        if not case.has_gts:                                                   # then `objects` has read nothing
+        if not labelled_only and not case.has_gts:                             # then `objects` has read nothing
             cache.image_and_labels(case)
-        return range(case.shape[0] if case.is_3d else 1)
+        return labelled if labelled_only else range(depth(case))
 
-    found = _each(slices_of, cases, "reading cases", strict)
-    return [(index, z) for index, slices in enumerate(found) for z in slices or ()]
+    return [(index, z) for index, slices in _each(slices_of, cases, "reading cases", strict) for z in slices]
 
 
 def with_neighbours(cases, slices):
     """Add the slices just above and below the given ones of volumes; with `in_use` they teach where an object ends."""
-    near = [(index, z) for index, middle in slices if cases[index].is_3d for z in (middle - 1, middle + 1)]
-    return sorted({*slices, *((index, z) for index, z in near if 0 <= z < cases[index].shape[0])})
+    near = {(index, z + step) for index, z in slices for step in (-1, 0, 1)}
+    return sorted((index, z) for index, z in near if 0 <= z < depth(cases[index]))
 
 
 def balance_weights(cases, slices, power=0.5):
-    """Weigh slices so that modality, then case, then slice is drawn, and volumes do not drown images.
+    """Weigh slices so that volumes do not drown images: float64 (number of slices,), of sum 1.
 
     A modality is drawn with probability proportional to (its number of cases) ** power (1: as it comes, 0: all
-    modalities alike), within it every case alike, within a case every slice alike. Returns float64 (number of
-    slices,), of sum 1.
+    modalities alike), within it every case alike, within a case every slice alike.
     """
     slices_of = Counter(index for index, _ in slices)
     cases_of = Counter(cases[index].modality for index in slices_of)

@@ -18,6 +18,9 @@ from ..inference.geometry import to_network
 from .augment import Objects, draw_augmented, photometric
 from .volume_cache import SliceCache, file_key
 
+# Flipped (horizontally, vertically) or not: how the file of an embedding ends.
+FLIPS = {(False, False): "", (True, False): "-h", (False, True): "-v", (True, True): "-hv"}
+
 
 @contextmanager
 def writing(path):
@@ -28,12 +31,6 @@ def writing(path):
     except (OSError, RuntimeError) as error:                                   # torch's word for a full disk
         raise ValueError(f"{path}: could not be written ({first_line(error)}); the one before is intact. Make room, "
                          "then the same command goes on, a run that has trained with --resume") from None
-
-
-# ------------------------------------------------------------------------------------------------ data sets
-
-# Flipped (horizontally, vertically) or not: how the file of an embedding ends.
-FLIPS = {(False, False): "", (True, False): "-h", (False, True): "-v", (True, True): "-hv"}
 
 
 def embedding_path(folder, case, z, flip=(False, False)):
@@ -67,25 +64,17 @@ class SliceDataset(torch.utils.data.Dataset):
         image: (3, size, size) float32 in [0, 1].
         boxes, masks, box_valid: as `Objects` draws them, if there are `objects`.
         teacher_image: (3, teacher size, teacher size) float32 in [0, 1], if there is a `teacher_input`.
-        embedding: (256, 64, 64) float16, if there is a folder of `embeddings`; and has_embedding, () bool.
+        embedding, has_embedding: (256, 64, 64) float16 and () bool, if there is a folder of `embeddings`.
 
     A network is not equivariant and its padding stays right and below, so a flipped image needs an embedding of its
-    own. The data set takes whichever is on disk. With only the unflipped one (one teacher forward and 2 MB a slice;
-    recommended) a flipped sample serves a mask loss only; with all four each has a target. A sample that is rotated,
-    or photometrically changed, never has.
+    own, and a sample that is rotated or photometrically changed never has one. The data set takes what is on disk:
+    with the unflipped embedding alone (recommended) a flipped sample serves a mask loss only.
 
     Args:
         cases, slices: list of npz.Header, and of (index of the case, z).
-        cache: the SliceCache that they are read through.
-        network_input: side of the network's input, and how images come to it (see `to_network`).
-        objects: draws prompts and masks; None for samples without.
-        seed: another one gives other samples.
-        mode: "none", "flips" or "full" (see `augment`).
-        photometric: also change brightness, contrast, colours and so on (see `photometric`).
-        in_use: part of the samples of volumes that get the prompts which inference gives (see
-            `Objects.draw_in_use`); they are flipped at most.
-        teacher_input: as network_input, for a teacher that runs beside.
-        embeddings: folder of the teacher's embeddings.
+        network_input, teacher_input: side of a network's input, and how images come to it (see `to_network`).
+        mode, photometric: see `augment` and `photometric`.
+        in_use: part of the samples of volumes that are prompted by `Objects.draw_in_use`; they are flipped at most.
         plain: part of a distillation's samples left as they are, so that they keep the target of their unflipped
             embedding. With objects and embeddings so is every slice without a label: it would train nothing.
     """
@@ -112,23 +101,24 @@ class SliceDataset(torch.utils.data.Dataset):
         """Draw the sample of slice `index` at `position` of `epoch`: the same arguments give the same sample."""
         rng = np.random.default_rng([self.seed, epoch, position])
         case_index, z = self.slices[index]
-        case = self.cases[case_index]
-        image, labels = self.cache.image_and_labels(case, z)
+        case, mode = self.cases[case_index], self.mode
+        original, labels = self.cache.image_and_labels(case, z)
+        image = original
         if labels is None or not self.objects:
             labels = np.zeros(image.shape[:2], np.uint8)
-        is_labelled, mode, shown = labels.any(), self.mode, image
+        is_labelled = labels.any()
         # Moved, a slice without labels would have neither a mask nor an embedding to learn from.
         must_stay = self.embeddings and self.objects and not is_labelled
         if (self.embeddings or self.teacher_input) and (rng.random() < self.plain or must_stay):
             mode = "none"
         elif self.photometric:
-            shown = photometric(image, rng)
+            image = photometric(image, rng)
         can_use = self.in_use and self.objects and case.is_3d and case.has_gts
         in_use = can_use and (rng.random() < self.in_use or not is_labelled)
         if in_use and mode == "full":                                          # boxes of a volume cannot be rotated
             mode = "flips"
-        limit = max(size for size, _ in (self.network_input, self.teacher_input or (0, "")))
-        moved, labels, flip = draw_augmented(shown, labels, rng, mode, limit)
+        limit = max(self.network_input[0], self.teacher_input[0] if self.teacher_input else 0)
+        moved, labels, flip = draw_augmented(image, labels, rng, mode, limit)
         sample = {"image": to_network(moved, *self.network_input)}
         if in_use:
             sample |= self.objects.draw_in_use(labels, rng, self.cache.objects(case)[1], z, flip)
@@ -137,14 +127,12 @@ class SliceDataset(torch.utils.data.Dataset):
         if self.teacher_input:
             sample["teacher_image"] = to_network(moved, *self.teacher_input)
         if self.embeddings:
-            path = embedding_path(self.embeddings, case, z, flip or (False, False))
-            is_known = shown is image and flip is not None and path.exists()
+            path = flip and image is original and embedding_path(self.embeddings, case, z, flip)
+            is_known = bool(path and path.exists())
             sample["has_embedding"] = torch.tensor(is_known)
             sample["embedding"] = load_embedding(path) if is_known else torch.zeros(256, 64, 64).half()
         return sample
 
-
-# ------------------------------------------------------------------------------------------------ order and batches
 
 class EpochSampler(torch.utils.data.Sampler):
     """Yield (epoch, position, index) for one epoch from wherever `set_position` put it.
@@ -158,30 +146,33 @@ class EpochSampler(torch.utils.data.Sampler):
 
     def __init__(self, n, seed, rank=0, world=1, weights=None, samples_per_epoch=None):
         self.n, self.seed, self.rank, self.world, self.weights = n, seed, rank, world, weights
-        self.total = samples_per_epoch or n
-        self.total -= self.total % world
+        self.total = (samples_per_epoch or n) // world * world
         self.set_position(0, 0)
 
-    def set_position(self, epoch, position=0):
+    def set_position(self, epoch, position):
         """Continue at `position` of `epoch`: the number of samples that all processes together have used of it."""
         self.epoch, self.position = epoch, position
 
-    def __len__(self):
-        return (self.total - self.position) // self.world
-
     def __iter__(self):
-        epoch, indices = self.epoch, self._indices()
+        epoch = self.epoch
+        if self.weights is not None:
+            indices = np.random.default_rng([self.seed, epoch]).choice(self.n, self.total, p=self.weights)
+        else:
+            first, skipped = divmod(epoch * self.total, self.n)
+            rounds = range(first, first + (skipped + self.total - 1) // self.n + 1)
+            stream = [np.random.default_rng([self.seed, number]).permutation(self.n) for number in rounds]
+            indices = np.concatenate(stream)[skipped:]
         for position in range(self.position + self.rank, self.total, self.world):
             yield epoch, position, int(indices[position])
 
-    def _indices(self):
-        """The indices of all samples of the epoch, int (total,)."""
-        if self.weights is not None:
-            return np.random.default_rng([self.seed, self.epoch]).choice(self.n, self.total, p=self.weights)
-        first = self.epoch * self.total
-        rounds = range(first // self.n, (first + self.total - 1) // self.n + 1)
-        stream = np.concatenate([np.random.default_rng([self.seed, r]).permutation(self.n) for r in rounds])
-        return stream[first - rounds[0] * self.n:][:self.total]
+
+def make_loader(dataset, sampler, batch_size, workers=0, pin_memory=False):
+    """Return a DataLoader over the sampler's (epoch, position, index); an epoch's last batch may be smaller.
+
+    With 0 `workers` this process reads the samples. Set the sampler's position before each iteration.
+    """
+    return torch.utils.data.DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, pin_memory=pin_memory,
+                                       persistent_workers=workers > 0, worker_init_fn=_start_worker)
 
 
 def _start_worker(_):
@@ -191,13 +182,3 @@ def _start_worker(_):
     # must not run here either; torch itself replaces that of SIGTERM.
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def make_loader(dataset, sampler, batch_size, workers=0, pin_memory=False):
-    """Return a DataLoader over the sampler's (epoch, position, index); an epoch's last batch may be smaller.
-
-    With 0 `workers` this process reads the samples. Set the sampler's position before each iteration.
-    """
-    return torch.utils.data.DataLoader(dataset, batch_size=batch_size, sampler=sampler, num_workers=workers,
-                                       pin_memory=pin_memory, persistent_workers=workers > 0,
-                                       worker_init_fn=_start_worker)

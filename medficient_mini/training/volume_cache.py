@@ -1,8 +1,7 @@
 """Slices of compressed volumes without decompressing the volume each time.
 
 A volume's arrays are unpacked once to .npy files and read through memory maps from then on: a slice costs a fraction
-of a millisecond however random the order is, all worker processes share the pages, and a restarted run finds the
-files again.
+of a millisecond, worker processes share the pages, and a restarted run finds the files again.
 """
 import json
 import sys
@@ -41,19 +40,17 @@ class SliceCache:
     def image_and_labels(self, case, z=0):
         """Return slice z, or the image of a 2D case, and its labels.
 
-        Returns:
-            image: uint8 (H, W, 3), or (H, W) in a grey volume.
-            labels: uint8 or uint16 (H, W), None for a case without `gts`.
+        The image is uint8 (H, W, 3), or (H, W) in a grey volume; labels are uint8 or uint16 (H, W), None for a case
+        without `gts`.
         """
         image, *labels = (np.array(array[z] if case.is_3d else array) for array in self._arrays(case))
         return image, labels[0] if labels else None
 
     def objects(self, case):
-        """Find the objects of a case; the answer is kept in the folder, for asking all volumes takes minutes.
+        """Find the slices that hold a label, in order ([0] or [] for a 2D case), and the objects of a case.
 
-        Returns:
-            slices: those that hold a label, in order; [0] or [] for a 2D case.
-            boxes: (N, 7), each label and its tight box x0 y0 z0 x1 y1 z1, all inclusive.
+        The objects are a list of (label, x0, y0, z0, x1, y1, z1), tight boxes, all inclusive. Both are kept in the
+        folder, for asking all volumes takes minutes.
         """
         if not case.has_gts:
             return [], []
@@ -67,19 +64,18 @@ class SliceCache:
         slices = np.flatnonzero(labels.any((1, 2))).tolist()
         boxes = [[label, *(axis.start for axis in place[::-1]), *(axis.stop - 1 for axis in place[::-1])]
                  for label, place in enumerate(find_objects(labels), 1) if place]
-        with suppress(OSError), whole_file(path) as temporary:  # A full disk costs speed, not the run.
+        with suppress(OSError), whole_file(path) as temporary:                 # a full disk costs speed, not the run
             temporary.write_text(json.dumps([slices, boxes]))
         return slices, boxes
 
     def _arrays(self, case):
         """[images] or [images, labels] of a case, memory-mapped or in memory."""
-        fields = ["imgs", "gts"][:1 + case.has_gts]
-        paths = [self.folder / f"{file_key(case.path)}.{field}.npy" for field in fields]
+        paths = [self.folder / f"{file_key(case.path)}.{name}.npy" for name in ("imgs", "gts")[:1 + case.has_gts]]
         if case.is_3d:
             with suppress(FileNotFoundError):
                 return [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
         content = read_case(case.path, need_boxes=False, need_gts=case.has_gts)
-        arrays = [content.volume if case.is_3d else content.image, content.gts][:len(fields)]
+        arrays = [content.volume if case.is_3d else content.image, content.gts][:len(paths)]
         if case.is_3d and not self.is_full:
             self._keep(paths, arrays)
         return arrays
@@ -95,5 +91,5 @@ class SliceCache:
                     np.save(temporary, array)
         except OSError as error:
             self.is_full = True
-            print(f"{self.folder}: no further volume is unpacked ({error}); the others are read from their NPZ files "
-                  "each time, which is slower", file=sys.stderr)
+            print(f"{self.folder}: no further volume is unpacked ({error}); they are read from NPZ files, more slowly",
+                  file=sys.stderr)
