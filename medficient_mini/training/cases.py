@@ -15,10 +15,10 @@ from ..show.progress import ProgressBar
 
 
 def scan_cases(folder, strict=False, need_masks=False):
-    """Find the cases below a folder, subfolders included, by the headers of its files: list of npz.Header by path.
+    """Find the cases below a folder, subfolders included: list of npz.Header, sorted by path.
 
-    With `need_masks` a file without `gts` is bad. A bad file is left out with one line on stderr. ValueError, one
-    line, if there is one and `strict` is set, or if no case is left.
+    A bad file, with `need_masks` also one without `gts`, costs a line on stderr, or with `strict` is the ValueError
+    that else says that no case is left.
     """
     paths = list_cases(folder)
     cases = [header for _, header in _each(partial(read_header, need_gts=need_masks), paths, "checking cases", strict)]
@@ -45,8 +45,7 @@ def split_cases(cases, val_fraction, seed, patient_pattern=None):
     """Keep part of the patients for validation, in every modality alike: training cases, validation cases.
 
     Each modality gives `val_fraction` of its patients, rounded, but at least one, and keeps at least one. Cases of a
-    single patient are split one by one, so of two cases each side holds one. ValueError, one line, for a name that
-    `patient_pattern` (see `patient_of`) does not match.
+    single patient are split one by one, so of two cases each side holds one. `patient_pattern`: see `patient_of`.
     """
     patients = [patient_of(case.path, patient_pattern) for case in cases]
     if len(set(patients)) == 1:
@@ -88,10 +87,7 @@ def depth(case):
 
 
 def list_slices(cases, cache, labelled_only, strict=False):
-    """List the slices of all cases in order, (index of the case, z), or those with a label alone.
-
-    Each case is read once. One that cannot be is left out with one line on stderr, or stops the run if `strict` is set.
-    """
+    """List the slices of all cases in order, or those with a label alone; what cannot be read is as in `scan_cases`."""
     def slices_of(case):
         labelled = cache.objects(case)[0]
         if not labelled_only and not case.has_gts:                             # then `objects` has read nothing

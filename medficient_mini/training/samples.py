@@ -1,7 +1,7 @@
 """Training samples: read a slice, augment it, draw its objects, load samples in batches.
 
 Everything random about a sample follows from (seed, epoch, position in the epoch), so that a resumed run, more
-workers or more processes see exactly the samples that an undisturbed single process would have seen.
+workers or more processes see the samples that an undisturbed single process would have seen.
 """
 import os
 import signal
@@ -34,15 +34,12 @@ def writing(path):
 
 
 def embedding_path(folder, case, z, flip=(False, False)):
-    """Return where the teacher's embedding of a slice, flipped (horizontally, vertically) or not, is kept.
-
-    The name follows from the content of the NPZ file. The teacher is not part of it: one folder per teacher.
-    """
+    """Return where a teacher's embedding of a slice is kept, by the content of its NPZ file: one folder per teacher."""
     return Path(folder) / file_key(case.path) / f"{z}{FLIPS[flip]}.npy"
 
 
 def save_embedding(path, embedding):
-    """Write an embedding (256, 64, 64) as float16 (2 MB), whole or not at all. ValueError, one line, on a full disk."""
+    """Write an embedding (256, 64, 64) as float16, 2 MB. ValueError, one line, on a full disk."""
     with writing(path) as temporary:
         np.save(temporary, embedding.half().numpy(force=True))
 
@@ -60,36 +57,26 @@ def load_embedding(path):
 class SliceDataset(torch.utils.data.Dataset):
     """Samples of both stages: the network's input, the objects in it, and for distillation the teacher's part.
 
-    A sample is a dict of tensors:
-        image: (3, size, size) float32 in [0, 1].
-        boxes, masks, box_valid: as `Objects` draws them, if there are `objects`.
-        teacher_image: (3, teacher size, teacher size) float32 in [0, 1], if there is a `teacher_input`.
-        embedding, has_embedding: (256, 64, 64) float16 and () bool, if there is a folder of `embeddings`.
+    A sample is a dict of tensors: `image` (3, size, size) float32 in [0, 1]; with `objects` also what they draw
+    (boxes, masks, box_valid); with a `teacher_input` `teacher_image`, like image; with a folder of `embeddings`
+    `embedding` (256, 64, 64) float16 and `has_embedding` () bool.
 
     A network is not equivariant and its padding stays right and below, so a flipped image needs an embedding of its
     own, and a sample that is rotated or photometrically changed never has one. The data set takes what is on disk:
     with the unflipped embedding alone (recommended) a flipped sample serves a mask loss only.
-
-    Args:
-        cases, slices: list of npz.Header, and of (index of the case, z).
-        network_input, teacher_input: side of a network's input, and how images come to it (see `to_network`).
-        mode, photometric: see `augment` and `photometric`.
-        in_use: part of the samples of volumes that are prompted by `Objects.draw_in_use`; they are flipped at most.
-        plain: part of a distillation's samples left as they are, so that they keep the target of their unflipped
-            embedding. With objects and embeddings so is every slice without a label: it would train nothing.
     """
-    cases: list
-    slices: list
+    cases: list                             # of npz.Header
+    slices: list                            # of (index of the case, z)
     cache: SliceCache
-    network_input: tuple[int, str]
+    network_input: tuple[int, str]          # side, and how images come to it: see `to_network`
     objects: Objects | None = None
     seed: int = 0
-    mode: str = "none"
+    mode: str = "none"                      # of `augment`
     photometric: bool = False
-    in_use: float = 0.0
+    in_use: float = 0.0                     # part of volumes' samples for `Objects.draw_in_use`; flipped at most
     teacher_input: tuple[int, str] | None = None
     embeddings: str | None = None
-    plain: float = 0.0
+    plain: float = 0.0                      # part of a distillation's samples left as they are, with their target
 
     def __len__(self):
         return len(self.slices)
@@ -137,11 +124,10 @@ class SliceDataset(torch.utils.data.Dataset):
 class EpochSampler(torch.utils.data.Sampler):
     """Yield (epoch, position, index) for one epoch from wherever `set_position` put it.
 
-    Without weights the indices are one endless stream of random permutations of range(n), cut into epochs of
-    `samples_per_epoch` (default n), so that short epochs together still see every slice. With weights, (n,) and of sum
-    1, they are drawn with replacement. Of `world` processes, process `rank` takes positions rank, rank + world, …:
-    batches of b of all processes together are what one process would put into a batch of b * world. All get equally
-    many; a remainder of the epoch is left out.
+    The indices are one endless stream of random permutations of range(n), cut into epochs of `samples_per_epoch`
+    (default n), so that short epochs together see every slice, or with weights (n,), of sum 1, drawn with replacement.
+    Process `rank` of `world` takes positions rank, rank + world, …: batches of b of all together are what one process
+    would put into a batch of b * world. A remainder of the epoch is left out, so that all get equally many.
     """
 
     def __init__(self, n, seed, rank=0, world=1, weights=None, samples_per_epoch=None):
@@ -167,10 +153,7 @@ class EpochSampler(torch.utils.data.Sampler):
 
 
 def make_loader(dataset, sampler, batch_size, workers=0, pin_memory=False):
-    """Return a DataLoader over the sampler's (epoch, position, index); an epoch's last batch may be smaller.
-
-    With 0 `workers` this process reads the samples. Set the sampler's position before each iteration.
-    """
+    """Return a DataLoader over the sampler's positions; with 0 `workers` this process reads the samples."""
     return torch.utils.data.DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, pin_memory=pin_memory,
                                        persistent_workers=workers > 0, worker_init_fn=_start_worker)
 
@@ -178,7 +161,6 @@ def make_loader(dataset, sampler, batch_size, workers=0, pin_memory=False):
 def _start_worker(_):
     cv2.setNumThreads(0)
     # Ctrl-C and `timeout` signal a whole process group. Only the trainer shall answer, since it needs its workers to
-    # the end of the step, so they form groups of their own. A worker inherits the trainer's handler of Ctrl-C, which
-    # must not run here either; torch itself replaces that of SIGTERM.
+    # the end of the step, so they form groups of their own and ignore Ctrl-C; torch itself sees to SIGTERM.
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

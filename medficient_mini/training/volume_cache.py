@@ -16,9 +16,9 @@ from ..inference.npz import read_case
 
 
 def file_key(path):
-    """Return the name under which data derived from an NPZ file are kept: checksum and size of images and labels.
+    """Return the name for data derived from an NPZ file: checksums and sizes of images and labels (30 µs).
 
-    A copy or a renamed file has the same key, a changed one another. Only the zip directory is read (30 µs).
+    A copy or a renamed file has the same name, a changed one another.
     """
     with zipfile.ZipFile(path) as archive:
         members = [member for member in archive.infolist() if member.filename in ("imgs.npy", "gts.npy")]
@@ -29,8 +29,8 @@ class SliceCache:
     """Images and labels of training cases by case (an npz.Header) and z, volumes through their unpacked copies.
 
     `folder` holds about `max_mb` MiB of them at most. Once that or the disk is full, the other volumes are read from
-    their NPZ files each time, as 2D images always are. Several processes may share the folder: a file appears whole
-    or not at all. Every method raises ValueError with one line if the NPZ file cannot be read.
+    their NPZ files, as 2D images always are. Several processes may share the folder. Every method raises ValueError
+    with one line if the NPZ file cannot be read.
     """
 
     def __init__(self, folder, max_mb):
@@ -38,19 +38,14 @@ class SliceCache:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def image_and_labels(self, case, z=0):
-        """Return slice z, or the image of a 2D case, and its labels.
-
-        The image is uint8 (H, W, 3), or (H, W) in a grey volume; labels are uint8 or uint16 (H, W), None for a case
-        without `gts`.
-        """
+        """Return slice z or a 2D image, uint8 (H, W[, 3]), and its labels (H, W), None for a case without `gts`."""
         image, *labels = (np.array(array[z] if case.is_3d else array) for array in self._arrays(case))
         return image, labels[0] if labels else None
 
     def objects(self, case):
-        """Find the slices that hold a label, in order ([0] or [] for a 2D case), and the objects of a case.
+        """Find the slices with a label ([0] or [] for a 2D case) and the objects: label, x0, y0, z0, x1, y1, z1 each.
 
-        The objects are a list of (label, x0, y0, z0, x1, y1, z1), tight boxes, all inclusive. Both are kept in the
-        folder, for asking all volumes takes minutes.
+        Corners are inclusive. The answer is kept in the folder, for asking all volumes takes minutes.
         """
         if not case.has_gts:
             return [], []
