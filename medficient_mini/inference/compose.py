@@ -1,8 +1,8 @@
 """Which object keeps a pixel that several masks claim: N masks, given as logits, become one picture of labels.
 
 Images, the slices of volumes and the mouse window all compose here; the published propagation (volume.py) alone has
-a rule of its own. Full-size logits exist for one object at a time,
-and only where its mask is; the rest stays at 256×256. README.md beside this file compares the rules.
+a rule of its own. Full-size logits exist for one object at a time, and only where its mask is. README.md beside this
+file compares the rules.
 """
 import numpy as np
 from torch import Tensor
@@ -21,11 +21,9 @@ def label_dtype(count: int) -> type:
 class Composition:
     """The labels of N objects on an image or a volume, and what became of each object's own mask.
 
-    Attributes:
-        labels: (H, W) or (D, H, W) uint8, uint16 above 255 objects: k + 1 where object k is, 0 where none is.
-        mask_sizes: int (N,), the pixels of each object's own mask.
-        bits: None unless the masks are kept `separate`; else uint8 (ceil(N / 8), *labels.shape), where bit k % 8 of
-            bits[k // 8] is object k's own mask. To read it: `np.unpackbits(bits, axis=0, count=N, bitorder="little")`.
+    `labels` are (H, W) or (D, H, W) uint8, uint16 above 255 objects: k + 1 where object k is, 0 where none is.
+    `mask_sizes`, int (N,), counts the pixels of each object's own mask. Where these masks are kept `separate`, `bits`
+    is uint8 (ceil(N / 8), *labels.shape), and bit k % 8 of bits[k // 8] is object k's mask.
     """
 
     def __init__(self, shape: tuple[int, ...], count: int, separate: bool = False):
@@ -87,24 +85,21 @@ def compose(found: Composition, objects: np.ndarray, logits: Tensor, boxes: np.n
     """
     if overlap not in OVERLAPS:
         raise ValueError(f"overlap: expected one of {', '.join(OVERLAPS)}, found {overlap!r}")
-    height, width = found.labels.shape[-2:]
     place = () if z is None else (z,)
     labels = found.labels[place]                                 # (H, W), a view
-    highest = np.zeros((height, width), np.float32)              # the logit of the object that has each pixel
+    frame = (*labels.shape, size)
+    highest = np.zeros(labels.shape, np.float32)                 # the logit of the object that has each pixel
     inside = logits.numpy() > 0
     areas = inside.sum((1, 2))
     for i in np.lexsort((*boxes.T[::-1], -areas)):
         if z is None:
-            region = reached_region(logits[i], height, width, size)
+            region = reached_region(logits[i], *frame)
         else:
             low, high = np.floor(boxes[i, 1::-1]).astype(int), np.ceil(boxes[i, :1:-1]).astype(int) + 1
             region = tuple(map(slice, low, high))
-        values = enlarged_logits(logits[i], height, width, size, region)
+        values = enlarged_logits(logits[i], *frame, region)
         mask, owners = values > 0, labels[region]
-        if overlap == "later":
-            wins = mask & (owners <= objects[i])
-        else:
-            wins = values > highest[region]
+        wins = mask & (owners <= objects[i]) if overlap == "later" else values > highest[region]
         if overlap == "inside":
             for label in np.unique(owners[mask & (owners > 0)]):
                 if lies_inside(i, np.searchsorted(objects, label - 1), inside, areas, boxes):

@@ -15,26 +15,23 @@ from pathlib import Path
 import numpy as np
 
 from ..files import first_line, list_files, stray_kind, whole_file
-from .boxes import FieldError, as_text, check_boxes, check_columns
+from .boxes import FieldError, as_text, check_boxes
 
 FIELDS = ("imgs", "boxes", "gts", "spacing", "segs")                # whatever else a file holds is not looked at
 PIECE = 1 << 20                                                     # numbers streamed at once
-LARGEST = 16 << 30                                                  # bytes of one array; far above any scan
 NAME = re.compile(r"([23])D(?:Box)?_([^_.]+)(?:_([^_.]+)_)?")       # dimension, modality, data set
 
 
 @dataclass
 class Case:
-    """One case as its file holds it, checked.
+    """One checked case; what was not asked for is None.
 
-    `name` is the file's name and `warnings` are lines for the user. A 2D case has an `image`, uint8 (H, W, 3) RGB; a
-    3D case has a `volume`, uint8 (D, H, W) or (D, H, W, 3). `boxes` are float64 (N, 4), x0 y0 x1 y1, or (N, 6),
-    x0 y0 z0 x1 y1 z1, in pixels counted from 0, inclusive, inside the image. `gts` are labels of the image's size,
-    uint8 or uint16. `spacing` is float64 (3,), the mm between voxels along (z, y, x). What was not asked for is None.
-
-    The other fields serve users' own files: `points` float64 (P, 2), x y, with `point_labels` (P,), 1 on the object
-    and 0 beside it; `drawn_slice` int (N,), the slice of a volume that each box was drawn on; `intensity`, how
-    numbers became 0–255, in words; `grid`, where a NIfTI file's voxels lie.
+    A 2D case has an `image`, uint8 (H, W, 3) RGB; a 3D case a `volume`, uint8 (D, H, W) or (D, H, W, 3). `boxes` are
+    float64 (N, 4) or (N, 6), as `check_boxes` returns them; `gts` labels (H, W) or (D, H, W), uint8 or uint16;
+    `spacing` float64 (3,), the mm between voxels along (z, y, x); `warnings` lines for the user. Users' own files
+    alone have `points` float64 (P, 2), x y, with `point_labels` (P,), 1 on the object and 0 beside it; `drawn_slice`
+    int (N,), the slice that each box was drawn on; `intensity`, how numbers became 0–255, in words; and `grid`,
+    where a NIfTI file's voxels lie.
     """
     name: str
     modality: str
@@ -94,21 +91,12 @@ def source_of(name) -> str:
 
 
 def read_case(path, need_boxes: bool = True, need_gts: bool = False, z_exclusive: bool = False) -> Case:
-    """Read and check one case.
+    """Read and check one case, with `boxes` and `gts` where they are needed; ValueError, one line, if it is bad.
 
-    Args:
-        path: an NPZ file.
-        need_boxes, need_gts: read those fields and insist on them.
-        z_exclusive: the file's z1 is the slice after the last one, as the authors of MedficientSAM read it. In the
-            Case it is the last slice either way.
-
-    Raises:
-        ValueError: one line about whatever is wrong with the file.
+    With z_exclusive the file's z1 is the slice after the last one; in the Case it is the last one either way.
     """
-    path = Path(path)
-    with _open(path, "imgs", *need_boxes * ["boxes"], *need_gts * ["gts"]) as arrays:
-        header = _describe(path, arrays, "gts" if need_gts else "")
-        case = Case(path.name, header.modality)
+    with _open(path, "gts" * need_gts, "imgs", *need_boxes * ["boxes"], *need_gts * ["gts"]) as (arrays, header):
+        case = Case(header.path.name, header.modality)
         pixels = _read_pixels(arrays["imgs"], case)
         if header.is_3d:
             case.volume = pixels
@@ -117,8 +105,8 @@ def read_case(path, need_boxes: bool = True, need_gts: bool = False, z_exclusive
             grey = pixels.shape[2] == 1
             case.image = np.repeat(pixels, 3, axis=2) if grey else np.ascontiguousarray(pixels[..., :3])
         if need_boxes:
-            check_columns(arrays["boxes"], 2 * len(header.size))               # before anything large is read
-            case.boxes, lines = check_boxes(arrays["boxes"].read(np.float64), header.size, case.name, z_exclusive)
+            boxes = arrays["boxes"].read(np.float64)
+            case.boxes, lines = check_boxes(boxes, header.size, case.name, z_exclusive)
             case.warnings += lines
         if need_gts:
             case.gts = _read_labels(arrays["gts"], header)
@@ -135,44 +123,34 @@ def read_header(path, need_gts: bool = False) -> Header:
 
     `gts` are checked where there are any. ValueError for a bad file, and for one without `gts` if need_gts.
     """
-    path = Path(path)
-    with _open(path, "imgs", *need_gts * ["gts"]) as arrays:
-        return _describe(path, arrays, "gts")
+    with _open(path, "gts", "imgs", *need_gts * ["gts"]) as (_, header):
+        return header
 
 
 def read_labels(path, field: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read the labels of one file, which may do without images.
+    """Read the labels, "gts" or "segs", of one file, which may do without images: uint8 or uint16.
 
-    Args:
-        path: an NPZ file.
-        field: "gts" or "segs".
-
-    Returns:
-        labels: uint8 or uint16, (H, W) or (D, H, W).
-        spacing: float64 (3,), mm along (z, y, x) of the `gts` of a volume; None where the file holds none.
-
-    Raises:
-        ValueError: one line about whatever is wrong with the file.
+    Beside `gts` of a volume the spacing is returned too, float64 (3,), mm along (z, y, x), else None. ValueError for
+    a bad file.
     """
-    path = Path(path)
-    with _open(path, field) as arrays:
-        header = _describe(path, arrays, field)
+    with _open(path, field, field) as (arrays, header):
         has_spacing = field == "gts" and header.is_3d and "spacing" in arrays
         return _read_labels(arrays[field], header), _read_spacing(arrays["spacing"]) if has_spacing else None
 
 
 @contextmanager
-def _open(path: Path, *needed: str):
-    """Give {name: _Array} of an NPZ file and turn what goes wrong in the block into a ValueError of one line."""
+def _open(path, labels: str, *needed: str):
+    """Give {name: _Array} and the Header of an NPZ file; what goes wrong in the block becomes a ValueError."""
+    path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            members = set(archive.namelist())
+            members = archive.namelist()
             arrays = {name: _Array(archive, name) for name in FIELDS if f"{name}.npy" in members}
-            missing = [name for name in needed if name not in arrays]
-            if missing:
-                found = ", ".join(arrays) or "an empty archive"
-                raise FieldError(f"{missing[0]}: expected this array, found only {found}")
-            yield arrays
+            for name in needed:
+                if name not in arrays:
+                    found = ", ".join(arrays) or "an empty archive"
+                    raise FieldError(f"{name}: expected this array, found only {found}")
+            yield arrays, _describe(path, arrays, labels)
     except FieldError as error:
         raise ValueError(f"{path.name}: {error}") from None
     except Exception as error:               # zipfile, zlib and numpy raise a dozen kinds for damage
@@ -190,35 +168,38 @@ class _Array:
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             self.shape, self.fortran, self.dtype = read(stream)
             self.offset = stream.tell()
+        self.count = math.prod(self.shape)
         if self.dtype.hasobject:
             raise FieldError(f"{name}: expected numbers, found Python objects, which are never loaded")
-        claimed = math.prod(self.shape) * self.dtype.itemsize
+        claimed = self.count * self.dtype.itemsize
         # Deflate shrinks at most 1032-fold, so the compressed size bounds what a forged directory may promise.
-        room = min(member.file_size - self.offset, 1100 * member.compress_size, LARGEST)
-        if claimed > room:
-            raise FieldError(f"{name}: expected the {claimed:,} bytes that its header {self.dtype} {self.shape} "
-                             f"announces, found room for {max(0, room):,}")
+        if claimed > min(member.file_size - self.offset, 1100 * member.compress_size):
+            raise FieldError(f"{name}: expected the {claimed:,} bytes of {self.dtype} {self.shape}, found fewer")
 
     def pieces(self):
-        """Yield (position, numbers) in the order of the file."""
-        count = math.prod(self.shape)
+        """Yield the numbers in the order of the file."""
+        if self.dtype.kind not in "biuf":
+            raise FieldError(f"{self.name}: expected numbers, found {self.dtype}")
         with self.archive.open(f"{self.name}.npy") as stream:
             stream.read(self.offset)         # not seek, after which newer Pythons check no checksum
-            for start in range(0, count, PIECE):
-                numbers = min(PIECE, count - start)
-                yield start, np.frombuffer(stream.read(numbers * self.dtype.itemsize), self.dtype, numbers)
+            for start in range(0, self.count, PIECE):
+                numbers = min(PIECE, self.count - start)
+                yield np.frombuffer(stream.read(numbers * self.dtype.itemsize), self.dtype, numbers)
 
     def read(self, dtype, scale: float | None = None) -> np.ndarray:
         """Return the whole array as `dtype`, C-contiguous; with a scale, multiplied by it, rounded, at most 255."""
-        array = np.empty(math.prod(self.shape), dtype)
-        for start, piece in self.pieces():
+        array, start = np.empty(self.count, dtype), 0
+        for piece in self.pieces():
             array[start:start + PIECE] = piece if scale is None else (piece.astype(float) * scale + 0.5).clip(max=255)
-        return np.ascontiguousarray(array.reshape(self.shape, order="F" if self.fortran else "C"))
+            start += PIECE
+        return np.asarray(array.reshape(self.shape, order="F" if self.fortran else "C"), order="C")
 
     def limits(self) -> tuple[float, float]:
-        """Return the smallest and the largest number; both are NaN if there is one among them."""
+        """Return the smallest and the largest number, NaN if there is one, and without a look 0 and 255 of uint8."""
+        if self.dtype == np.uint8:
+            return 0.0, 255.0
         low, high = math.inf, -math.inf
-        for _, piece in self.pieces():       # np.minimum keeps a NaN, Python's min loses it
+        for piece in self.pieces():          # np.minimum keeps a NaN, Python's min loses it
             low, high = np.minimum(low, piece.min()), np.maximum(high, piece.max())
         return float(low), float(high)
 
@@ -256,37 +237,32 @@ def _describe(path: Path, arrays: dict[str, _Array], labels: str) -> Header:
 
 def _read_pixels(imgs: _Array, case: Case) -> np.ndarray:
     """`imgs` as uint8: other numbers if they lie within 0–255, floats rounded, and 0–1 spread to 0–255."""
-    if imgs.dtype == np.uint8:
-        return imgs.read(np.uint8)
     low, high = imgs.limits()
-    if not (low >= 0 and high <= 255):
-        found = "with NaN" if math.isnan(low) else f"from {low:g} to {high:g}"
-        raise FieldError(f"imgs: expected uint8 or numbers within 0-255, found {imgs.dtype} {found}")
-    scale = None                             # integers stay as they are
-    if imgs.dtype.kind == "f":
-        scale = 255.0 if 0 < high <= 1.01 else 1.0         # rounding may have ended above 1
-    if scale == 255:
-        case.warnings.append(f"{case.name}: imgs: expected numbers within 0-255, found {low:g} to {high:g}: "
-                             "multiplied by 255")
-    return imgs.read(np.uint8, scale)
+    if not (low >= 0 and high <= 255):       # NaN is neither
+        raise FieldError(f"imgs: expected uint8 or numbers within 0-255, found {imgs.dtype} from {low:g} to {high:g}")
+    if imgs.dtype.kind != "f":
+        return imgs.read(np.uint8)
+    if not 0 < high <= 1.01:                 # rounding may have ended above 1
+        return imgs.read(np.uint8, 1.0)
+    case.warnings.append(f"{case.name}: imgs: expected numbers within 0-255, found {low:g} to {high:g}: "
+                         "multiplied by 255")
+    return imgs.read(np.uint8, 255.0)
 
 
 def _read_labels(array: _Array, header: Header) -> np.ndarray:
     """Labels as uint8, or uint16 where one is above 255."""
-    low, high = (0, 255) if array.dtype == np.uint8 else array.limits()
+    low, high = array.limits()
     if low < 0 or high > 65535:
         raise FieldError(f"{array.name}: expected labels 0 to 65535, found {low:g} to {high:g}")
     return array.read(np.uint8 if high < 256 else np.uint16).reshape(header.size)
 
 
 def _read_spacing(array: _Array) -> np.ndarray:
-    found = f"{array.dtype} {array.shape}"
-    if array.shape == (3,) and array.dtype.kind in "iuf":
-        spacing = array.read(np.float64)
-        if ((spacing > 0) & (spacing < np.inf)).all():
-            return spacing
-        found = as_text(spacing)
-    raise FieldError(f"spacing: expected three positive numbers (z, y, x in mm), found {found}")
+    """The spacing, if it is one."""
+    spacing = array.read(np.float64)
+    if spacing.shape != (3,) or not ((spacing > 0) & (spacing < np.inf)).all():
+        raise FieldError(f"spacing: expected three positive numbers (z, y, x in mm), found {as_text(spacing.flat[:4])}")
+    return spacing
 
 
 def write_segs(path, segs: np.ndarray, **extra) -> None:

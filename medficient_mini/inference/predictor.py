@@ -16,11 +16,6 @@ from .geometry import boxes_to_network, logits_to_mask, postprocess_masks, sam_i
 BATCH = 4                            # prompts decoded at once: larger batches take more memory and no less time
 
 
-def device_of(model) -> torch.device:
-    """Return the device that a network's weights are on."""
-    return next(model.parameters()).device
-
-
 def checked_pixels(pixels, axes: int) -> np.ndarray:
     """Return an image (two axes) or a volume (three) as an array. ValueError unless it is uint8, grey or RGB."""
     pixels = np.asarray(pixels)
@@ -39,10 +34,12 @@ def checked_boxes(boxes, shape: tuple[int, ...]) -> np.ndarray:
 
 
 @torch.inference_mode()
-def encode(model, image: np.ndarray) -> Tensor:
-    """Compute the embedding (1, 256, 64, 64) float32 of an image, uint8 (H, W) or (H, W, 3)."""
-    x = to_network(image, model.image_size, model.resize)[None].to(device_of(model))
-    return model.image_encoder(x).float()
+def encode(model, image: np.ndarray, as_sam: bool = False) -> Tensor:
+    """Compute the embedding (1, 256, 64, 64) float32 of an image, uint8 (H, W) or (H, W, 3), prepared as the network
+    wants it or `as_sam` prepares images itself."""
+    size = model.image_size
+    x = sam_input(image, size) if as_sam else to_network(image, size, model.resize)
+    return model.image_encoder(x[None].to(next(model.parameters()).device)).float()
 
 
 @torch.inference_mode()
@@ -73,15 +70,9 @@ def segment_image(model, image: np.ndarray, boxes: np.ndarray, overlap: str = OV
                   details: bool = False, separate: bool = False) -> np.ndarray | Composition:
     """Segment the objects in boxes of an image: labels (H, W), where box k gives label k, counted from 1.
 
-    Args:
-        image: uint8 (H, W) or (H, W, 3) RGB.
-        boxes: (N, 4) x0 y0 x1 y1 in its pixels, both corners included.
-        overlap: one of OVERLAPS, who gets a pixel that several objects claim: see `compose`.
-        details: return the whole Composition: labels, sizes and what was lost.
-        separate: let the Composition keep each object's own mask as well.
-
-    Raises:
-        ValueError: one line, for another image, boxes that `check_boxes` refuses or another `overlap`.
+    The image is uint8 (H, W) or (H, W, 3) RGB; boxes are (N, 4) x0 y0 x1 y1 in its pixels, both corners included.
+    For `overlap`, `details` and `separate` see `segment_volume`. ValueError, one line, for another image, boxes that
+    `check_boxes` refuses or another `overlap`.
     """
     image = checked_pixels(image, 2)
     boxes = checked_boxes(boxes, image.shape[:2])
@@ -129,14 +120,13 @@ class Predictor:
     @property
     def device(self) -> torch.device:
         """The device of the network."""
-        return device_of(self.model)
+        return next(self.model.parameters()).device
 
     def reset_image(self) -> None:
         """Forget the image."""
         self.is_image_set = False
         self.features = self.original_size = self.input_size = None
 
-    @torch.inference_mode()
     def set_image(self, image: np.ndarray, image_format: str = "RGB") -> None:
         """Compute the embedding of an image, uint8 (H, W, 3) in the order "RGB" or "BGR", or grey (H, W).
 
@@ -148,11 +138,7 @@ class Predictor:
         if image_format == "BGR" and image.ndim == 3:
             image = np.ascontiguousarray(image[..., ::-1])
         self.reset_image()
-        if self.sam_preprocessing:
-            x = sam_input(image, self.model.image_size)[None].to(self.device)
-            self.features = self.model.image_encoder(x).float()
-        else:
-            self.features = encode(self.model, image)
+        self.features = encode(self.model, image, self.sam_preprocessing)
         self.original_size = image.shape[:2]
         self.input_size = scaled_size(*self.original_size, self.model.image_size)
         self.is_image_set = True
@@ -197,24 +183,14 @@ class Predictor:
         one = box is None or np.shape(box) == (4,)
         return tuple((result[0] if one else result).cpu().numpy() for result in results)
 
-    @torch.inference_mode()
     def predict_torch(self, point_coords: Tensor | None, point_labels: Tensor | None, boxes: Tensor | None = None,
                       mask_input: Tensor | None = None, multimask_output: bool = True,
                       return_logits: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Predict the masks of B prompts, given in pixels of the network's input (`transform` brings them there).
 
-        Args:
-            point_coords: (B, P, 2) x y.
-            point_labels: (B, P), 1 on the object, 0 beside it, -1 where there are fewer points than P.
-            boxes: (B, 4) x0 y0 x1 y1.
-            mask_input: (B, 1, 256, 256), logits.
-            multimask_output, return_logits: see `predict`.
-
-        Returns:
-            Masks (B, C, H, W) bool, predicted IoU (B, C) and logits (B, C, 256, 256).
-
-        Raises:
-            RuntimeError, ValueError: as `predict`.
+        Points are (B, P, 2) with labels (B, P), of which -1 fills up where there are fewer points than P; boxes
+        (B, 4); mask_input (B, 1, 256, 256). Returns masks (B, C, H, W) bool, predicted IoU (B, C) and logits
+        (B, C, 256, 256); all else is as in `predict`.
         """
         embedding, points = self.get_image_embedding(), None
         prompts = [prompt for prompt in (point_coords, point_labels, boxes, mask_input) if prompt is not None]
@@ -223,14 +199,13 @@ class Predictor:
                              + (", ".join(str(tuple(prompt.shape)) for prompt in prompts) or "none"))
         if not all(prompt.isfinite().all() for prompt in prompts):
             raise ValueError("prompts: expected finite numbers")
-        if boxes is not None:                                            # checked as pixels of the image
+        if boxes is not None:                # checked as pixels of the image, without the rounding of float32
             zoom = np.divide(self.original_size, self.input_size)[[1, 0, 1, 0]]
-            check_boxes(boxes.cpu().numpy() * zoom, self.original_size, "boxes")
+            check_boxes((boxes.cpu().numpy() * zoom).round(2), self.original_size, "boxes")
         if point_coords is not None:
-            points = point_coords, point_labels.int()                    # of booleans, the padding -1 would become 1
-            whole = (points[1] == point_labels) & (points[1] >= -1) & (points[1] <= 1)
-            if not whole.all() or 0 in whole.shape[1:]:
+            if 0 in point_labels.shape[1:] or not np.isin(point_labels.cpu(), (-1, 0, 1)).all():
                 raise ValueError("point labels: expected 0, 1 or -1, one for each prompt at least")
+            points = point_coords, point_labels.int()                    # of booleans, the padding -1 would become 1
         logits, iou = decode(self.model, embedding, boxes, points, mask_input, multimask_output)
         frame = (*self.original_size, self.model.image_size)
         if return_logits:

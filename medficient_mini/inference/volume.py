@@ -3,16 +3,19 @@
 By default every slice is prompted anew; the published propagation prompts the middle slice alone, and each further one
 with its neighbour's mask. README.md beside this file compares them.
 """
+from functools import lru_cache, partial
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from .boxes import as_array
+from .boxes import as_numbers
 from .compose import OVERLAPS, Composition, compose
 from .geometry import box_of_mask, boxes_to_network, logits_to_mask, scaled_size
 from .predictor import checked_boxes, checked_pixels, decode_boxes, encode
 
 PROPAGATIONS = ("sections", "published")
+EMBEDDING_MB = 4                     # 256 × 64 × 64 float32
 LITE_MEDSAM_LOOSENED = 3             # network pixels, LiteMedSAM's inference script
 
 
@@ -26,18 +29,13 @@ def segment_volume(model, volume: np.ndarray, boxes: np.ndarray, drawn_slice: np
                    separate: bool = False) -> np.ndarray | Composition:
     """Segment the objects in boxes of a volume: labels (D, H, W), where box k gives label k, counted from 1.
 
-    With propagation "sections" each slice is prompted with `section_boxes`, midway between the given box and the
-    cross-section of the ellipsoid in it: a person's box bounds the object in every slice, and an object narrows
-    towards its ends. The masks are clipped to the given box. No slice depends on another, so nothing drifts, and a
-    slice where the network sees nothing stays empty. For "published" see `propagate`.
-
     Args:
         model: what `load_model` returns.
         volume: uint8 (D, H, W) or (D, H, W, 3).
         boxes: (N, 6) x0 y0 z0 x1 y1 z1 in its voxels, all inclusive.
         drawn_slice: int (N,), the slices that the boxes were drawn on, where the objects are largest; None: the
             middle ones.
-        propagation: one of PROPAGATIONS.
+        propagation: "sections", see `segment_sections`, or "published", see `propagate`.
         overlap: one of OVERLAPS, who gets a voxel that several objects claim: see `compose`. "published" always
             gives it to the later box.
         cache_mb: with "published", the most memory that embeddings may take, in MB.
@@ -52,24 +50,26 @@ def segment_volume(model, volume: np.ndarray, boxes: np.ndarray, drawn_slice: np
     """
     volume = checked_pixels(volume, 3)
     boxes = checked_boxes(boxes, volume.shape[:3])
+    first, last = boxes[:, 2], boxes[:, 5]
     if propagation not in PROPAGATIONS:
         raise ValueError(f"propagation: expected one of {', '.join(PROPAGATIONS)}, found {propagation!r}")
-    if drawn_slice is not None:
-        drawn_slice = as_array(drawn_slice, "drawn_slice")
-        if drawn_slice.shape != boxes.shape[:1] or drawn_slice.dtype.kind not in "iuf" or not (
-                (drawn_slice >= boxes[:, 2]) & (drawn_slice <= boxes[:, 5]) & (drawn_slice % 1 == 0)).all():
-            raise ValueError(f"drawn_slice: expected a whole number within each of {len(boxes)} boxes, "
-                             f"found {drawn_slice.tolist()}")
-    found = Composition(volume.shape[:3], len(boxes), separate)
-    if propagation == "published":
-        propagate(found, model, volume, boxes, drawn_slice, cache_mb, progress, should_stop)
+    if drawn_slice is None:
+        drawn = (first + last) / 2
     else:
-        segment_sections(found, model, volume, boxes, drawn_slice, overlap, progress, should_stop)
+        drawn = as_numbers(drawn_slice, "drawn_slice")
+        if drawn.shape != first.shape or not ((first <= drawn) & (drawn <= last) & (drawn % 1 == 0)).all():
+            raise ValueError(f"drawn_slice: expected a slice within each of {len(boxes)} boxes, found {drawn.tolist()}")
+    found = Composition(volume.shape[:3], len(boxes), separate)
+    watch = partial(watched, progress=progress, should_stop=should_stop)
+    if propagation == "published":
+        propagate(found, model, volume, boxes, drawn, cache_mb, watch)
+    else:
+        segment_sections(found, model, volume, boxes, drawn, overlap, watch)
     return found if details else found.labels
 
 
 def watched(visits: list, progress, should_stop):
-    """Give the visits of slices one by one, and tell and ask the caller of `segment_volume` at each."""
+    """Give the visits of slices one by one, and ask and tell the caller of `segment_volume` before and after each."""
     for done, visit in enumerate(visits):
         if should_stop is not None and should_stop():
             raise Stopped(f"stopped after {done} of {len(visits)} slices")
@@ -78,16 +78,25 @@ def watched(visits: list, progress, should_stop):
             progress(done + 1, len(visits))
 
 
-def segment_sections(found: Composition, model, volume, boxes, drawn_slice, overlap, progress, should_stop) -> None:
-    """Segment every slice on its own; arguments of `segment_volume`."""
-    height, width = volume.shape[1:3]
-    flat = boxes[:, [0, 1, 3, 4]]
-    visits = [(z, np.flatnonzero((boxes[:, 2] <= z) & (z <= boxes[:, 5]))) for z in range(len(volume))]
-    for z, objects in watched([visit for visit in visits if len(visit[1])], progress, should_stop):
-        prompts = section_boxes(boxes[objects], z, None if drawn_slice is None else drawn_slice[objects])
-        prompts = boxes_to_network(prompts, height, width, model.image_size)
+def segment_sections(found: Composition, model, volume, boxes, drawn, overlap, watch) -> None:
+    """Segment every slice on its own, from the prompts of `section_boxes`.
+
+    A person's box bounds the object in every slice, and an object narrows towards its ends: hence the sections. The
+    masks are clipped to the given box. No slice depends on another, so nothing drifts, and a slice where the network
+    sees nothing stays empty.
+    """
+    frame = (*volume.shape[1:3], model.image_size)
+    first, last, flat = boxes[:, 2], boxes[:, 5], boxes[:, [0, 1, 3, 4]]
+    for z, objects in watch(visits(range(len(volume)), first, last)):
+        prompts = boxes_to_network(section_boxes(boxes[objects], z, drawn[objects]), *frame)
         logits = decode_boxes(model, encode(model, volume[z]), prompts)          # (n, 256, 256)
         compose(found, objects, logits, flat[objects], model.image_size, overlap, z)
+
+
+def visits(slices, first: np.ndarray, last: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """List the slices that any of the objects reach, from `first` to `last`, each with the numbers of these objects."""
+    found = [(z, np.flatnonzero((first <= z) & (z <= last))) for z in slices]
+    return [visit for visit in found if len(visit[1])]
 
 
 def section_boxes(boxes: np.ndarray, z: int, drawn_slice: np.ndarray | None = None) -> np.ndarray:
@@ -100,33 +109,36 @@ def section_boxes(boxes: np.ndarray, z: int, drawn_slice: np.ndarray | None = No
     largest = (first + last) / 2 if drawn_slice is None else drawn_slice
     reach = np.where(z > largest, last - largest, largest - first) + 0.5     # to the outer face of the end slice
     scale = (1 + np.sqrt(np.clip(1 - ((z - largest) / reach) ** 2, 0, 1))) / 2
-    middle, half = (boxes[:, :2] + boxes[:, 3:5]) / 2, (boxes[:, 3:5] - boxes[:, :2]) / 2
-    return np.hstack([middle - scale[:, None] * half, middle + scale[:, None] * half])
+    middle, half = (boxes[:, :2] + boxes[:, 3:5]) / 2, scale[:, None] * (boxes[:, 3:5] - boxes[:, :2]) / 2
+    return np.hstack([middle - half, middle + half])
 
 
-# ------------------------------------------------------------------------------------------- as published
+def propagate(found: Composition, model, volume, boxes, drawn, cache_mb: float, watch) -> None:
+    """Segment by the published propagation (LiteMedSAM's and MedficientSAM's scripts).
 
-class Embeddings:
-    """Embeddings of the slices of one volume, each computed once while `cache_mb` allows.
-
-    Slices are visited upward, then downward, so when memory is short the lowest kept slice, needed last, goes first.
+    The middle slice (z0 + z1) // 2 is prompted with the box; every further slice, up to z1 and down to z0, with the
+    box of its neighbour's mask. Where masks overlap, the later box wins. All boxes that wait for a slice are decoded
+    as one batch on one embedding; those of slices that are met on both ways are kept while `cache_mb` allows.
     """
+    frame = (*volume.shape[1:3], model.image_size)
+    first, middle, last = boxes[:, 2], np.floor(drawn), boxes[:, 5]
+    defaults = boxes_to_network(boxes[:, [0, 1, 3, 4]], *frame)               # (N, 4)
+    upward, downward = defaults.clone(), defaults.clone()     # each object's prompt for its next slice
+    up = visits(range(len(volume)), middle, last)
+    down = visits(reversed(range(len(volume))), first, middle - 1)
+    twice = {z for z, _ in up} & {z for z, _ in down}
+    # The way down starts at the top, so the embeddings used last, which stay when memory is short, are needed first.
+    kept = lru_cache(int(cache_mb) // EMBEDDING_MB)(lambda z: encode(model, volume[z]))
+    ways = [(*visit, upward) for visit in up] + [(*visit, downward) for visit in down]
 
-    def __init__(self, model, volume: np.ndarray, cache_mb: float):
-        self.model, self.volume = model, volume
-        self.limit = int(cache_mb * 2**20) // (256 * 64 * 64 * 4)
-        self.kept: dict[int, Tensor] = {}
-
-    def get(self, z: int, keep: bool) -> Tensor:
-        """Return the embedding (1, 256, 64, 64) of slice z, and `keep` it for a later visit."""
-        embedding = self.kept.pop(z, None)
-        if embedding is None:
-            embedding = encode(self.model, self.volume[z])
-        if keep and self.limit > 0:
-            if len(self.kept) >= self.limit:
-                del self.kept[min(self.kept)]
-            self.kept[z] = embedding
-        return embedding
+    for z, objects, prompts in watch(ways):
+        embedding = kept(z) if z in twice else encode(model, volume[z])
+        logits = decode_boxes(model, embedding, prompts[objects])             # (n, 256, 256)
+        for k, mask in zip(objects, logits_to_mask(logits, *frame)):
+            found.claim(k, (z,), mask, mask & (found.labels[z] <= k))        # a later box has the higher label
+            prompts[k] = next_prompt(model, mask, defaults[k])
+            if z == middle[k]:
+                downward[k] = prompts[k]
 
 
 def next_prompt(model, mask: np.ndarray, default: Tensor) -> Tensor:
@@ -134,37 +146,9 @@ def next_prompt(model, mask: np.ndarray, default: Tensor) -> Tensor:
     box = box_of_mask(mask)
     if box is None:
         return default
-    size = model.image_size
-    prompt = boxes_to_network(box[None], *mask.shape, size)[0]
+    prompt = boxes_to_network(box, *mask.shape, model.image_size)
     if model.name == "lite_medsam":
-        prompt = prompt + LITE_MEDSAM_LOOSENED * torch.tensor([-1.0, -1.0, 1.0, 1.0])
-        height, width = scaled_size(*mask.shape, size)
-        prompt = torch.minimum(prompt.clamp(min=0), torch.tensor([width, height, width, height], dtype=torch.float32))
+        height, width = scaled_size(*mask.shape, model.image_size)
+        prompt += LITE_MEDSAM_LOOSENED * torch.tensor([-1, -1, 1, 1])
+        prompt = prompt.clamp(torch.zeros(4), torch.tensor([width, height, width, height]))
     return prompt
-
-
-def propagate(found: Composition, model, volume, boxes, drawn_slice, cache_mb: float, progress, should_stop) -> None:
-    """Segment by the published propagation (LiteMedSAM's and MedficientSAM's scripts); arguments of `segment_volume`.
-
-    The middle slice (z0 + z1) // 2 is prompted with the box; every further slice, up to z1 and down to z0, with the
-    box of its neighbour's mask. Where masks overlap, the later box wins. All boxes that wait for a slice are decoded
-    as one batch on one embedding.
-    """
-    height, width = volume.shape[1:3]
-    first, last = boxes[:, 2].astype(int), boxes[:, 5].astype(int)
-    middle = (first + last) // 2 if drawn_slice is None else drawn_slice
-    defaults = boxes_to_network(boxes[:, [0, 1, 3, 4]], height, width, model.image_size)     # (N, 4)
-    upward, downward = defaults.clone(), defaults.clone()     # each object's prompt for its next slice
-    embeddings = Embeddings(model, volume, cache_mb)
-    up = [(z, np.flatnonzero((middle <= z) & (z <= last)), upward) for z in range(len(volume))]
-    down = [(z, np.flatnonzero((first <= z) & (z < middle)), downward) for z in reversed(range(len(volume)))]
-    again = {z for z, objects, _ in down if len(objects)}     # slices visited a second time, on the way down
-
-    for z, objects, prompts in watched([visit for visit in up + down if len(visit[1])], progress, should_stop):
-        keep = prompts is upward and z in again
-        logits = decode_boxes(model, embeddings.get(z, keep), prompts[objects])              # (n, 256, 256)
-        for k, mask in zip(objects, logits_to_mask(logits, height, width, model.image_size)):
-            found.claim(k, (z,), mask, mask & (found.labels[z] <= k))        # a later box has the higher label
-            prompts[k] = next_prompt(model, mask, defaults[k])
-            if z == middle[k]:
-                downward[k] = prompts[k]
