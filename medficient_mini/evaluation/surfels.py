@@ -18,16 +18,10 @@ CONTOUR_LENGTHS = np.array([0, SLANT, SLANT, 1, SLANT, 1, 2 * SLANT, SLANT,
 
 
 def surfel_codes(mask: np.ndarray) -> np.ndarray:
-    """Return the code of every grid corner: a bit for each voxel around it, set where the voxel is inside the mask.
+    """Return the code of every grid corner of a mask (D, H, W) or (H, W), uint8 of 0 and 1: uint8, one longer an axis.
 
-    The voxel before the corner on every axis gives the highest bit, the one after it the lowest. A corner whose code
-    is 0 or has all bits set holds no surfel.
-
-    Args:
-        mask: unsigned integers (D, H, W) or (H, W), 0 or 1; two masks may be coded at once, the second as 256.
-
-    Returns:
-        An array of the mask's dtype, one longer on every axis.
+    The voxel before the corner on every axis gives the highest bit, the one after it the lowest; 1 is inside. A corner
+    whose code is 0 or has all bits set holds no surfel.
     """
     codes = np.pad(mask, 1)
     for axis in range(mask.ndim):
@@ -40,12 +34,10 @@ def surfel_areas(spacing_mm: tuple[float, float, float]) -> np.ndarray:
     """Return the area in mm² of the surfel of each of the 256 codes.
 
     The vertices of a surfel are the midpoints of the edges between an inside and an outside voxel. On every face of
-    the cube they are joined in pairs; where two inside voxels face each other diagonally, each is cut off by itself.
-    The joined vertices form polygons. Where more than four voxels are inside, those of the complement are taken, as in
-    Lorensen and Cline's marching cubes (SIGGRAPH 1987).
-
-    Polygons with five or six corners need not be flat: they are cut into triangles from the corner whose triangles
-    lie in the fewest planes. These are the triangles behind the 256 entries of the challenge's table, for any spacing.
+    the cube they are joined in pairs, so that of two inside voxels that face each other diagonally each is cut off by
+    itself, and so form polygons. Where more than four voxels are inside, those of the complement are taken, as in
+    Lorensen and Cline's marching cubes (SIGGRAPH 1987). A polygon is cut into triangles from the corner whose
+    triangles lie in the fewest planes. These are the triangles behind the challenge's table, for any spacing.
     """
     codes, sides = surface_triangles()
     normals = np.cross(*(sides * spacing_mm).swapaxes(0, 1))
@@ -71,8 +63,8 @@ def surface_triangles():
 def segments(face, inside: set) -> list:
     """Pairs of edge midpoints joined on a face, given by its four corners in order and all corners inside."""
     if face[0] in inside:            # Starting outside, the edges before and behind each inside voxel come in pairs.
-        face = (*face[1:], face[0])
-    edges = zip(face, (*face[1:], face[0]))
+        face = face[1:] + face[:1]
+    edges = zip(face, face[1:] + face[:1])
     midpoints = [tuple(np.add(a, b) / 2) for a, b in edges if (a in inside) != (b in inside)]
     return list(zip(midpoints[::2], midpoints[1::2]))
 
