@@ -64,20 +64,19 @@ def main(argv=None) -> int:
 
 def evaluate(arguments) -> int:
     """Score, write the tables, draw; return 1 if anything was wrong with an input, else 0."""
-    folders, problems = named_folders(arguments.segs), []
+    folders, problems, hints = named_folders(arguments.segs), [], []
     truths = files_by_name(arguments.gts, problems)
     masks = {name: files_by_name(folder, problems) for name, folder in folders.items()}
     compare_names(masks, truths, arguments.skip_missing, problems)
     output = arguments.output or next(iter(folders.values()))
     output.mkdir(parents=True, exist_ok=True)                # before the work, not after it
 
-    results, hints = {name: [] for name in folders}, []
+    results, tables = {name: [] for name in folders}, {}
     for rows, wrong, odd in score_all(masks, truths, arguments):
         for name, row in rows.items():
             results[name].append(row)
         problems += wrong
         hints += odd
-    tables = {}
     for name, rows in results.items():
         add_seconds(rows, folders[name], problems)
         tables[f"metrics_{name}.csv" if len(results) > 1 else "metrics.csv"] = metrics_csv(rows)
@@ -90,8 +89,9 @@ def evaluate(arguments) -> int:
         with whole_file(output / name) as temporary:
             temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
     print(tables["summary.md"])
-    for name, rows in results.items() if arguments.figure else ():
-        draw_figures(arguments.figure / (name if len(results) > 1 else ""), rows, problems)
+    if arguments.figure:
+        for name, rows in results.items():
+            draw_figures(arguments.figure / (name if len(results) > 1 else ""), rows, problems)
     for line in problems + hints:
         print(line, file=sys.stderr)
     return int(bool(problems))
@@ -123,10 +123,10 @@ def files_by_name(folder, problems):
 
 def compare_names(masks, truths, skip_missing, problems):
     """Lines in `problems` about masks without ground truth and ground truth without masks."""
-    fate = "left out" if skip_missing else "scored 0"
     for name, found in masks.items():
         for names, what in ((found.keys() - truths.keys(), "files without ground truth"),
-                            (truths.keys() - found.keys(), f"cases without masks, {fate}")):
+                            (truths.keys() - found.keys(),
+                             f"cases without masks, {'left out' if skip_missing else 'scored 0'}")):
             if names:
                 problems.append(f"{name}: expected masks of all cases and of no others, found {len(names)} {what}: "
                                 f"{', '.join(sorted(names))}")
@@ -144,15 +144,10 @@ def score_all(masks, truths, arguments):
 
 
 def score(truth, masks, arguments):
-    """Score one case of all results.
+    """Score one case of all results: {name: row as in report.py}, lines about bad files, lines that only hint.
 
-    Args:
-        truth: path of the ground truth.
-        masks: {name of the result: path of its masks, None where there are none}.
-
-    Returns:
-        {name: row as in report.py with the paths `truth` and `masks`}, nothing where the ground truth is bad; lines
-        about bad files; and lines that only hint.
+    `masks` is {name of the result: path of its masks or None}; rows also hold the paths `truth` and `masks`. There are
+    no rows where the ground truth is bad.
     """
     rows, wrong, hints = {}, [], []
     try:
@@ -167,8 +162,8 @@ def score(truth, masks, arguments):
             except ValueError as error:
                 wrong.append(f"{error}: scored 0 in {name}")
                 segs, path = np.zeros_like(gts), None
-            row = {"case": truth.name, "modality": (source_of if arguments.by_source else modality_of)(truth),
-                   "kind": f"{gts.ndim}D", "truth": truth, "masks": path}
+            modality = source_of(truth) if arguments.by_source else modality_of(truth)
+            row = dict(case=truth.name, modality=modality, kind=f"{gts.ndim}D", truth=truth, masks=path)
             rows[name] = row | case_scores(gts, segs, spacing_mm, arguments.tolerance, arguments.contour_nsd)
             if rows[name]["dsc"] == 0 and segs.any() and not np.intersect1d(gts, segs).any():
                 hints.append(f"{truth.name}: segs: expected labels of the ground truth (the largest is {gts.max()}), "
@@ -195,12 +190,13 @@ def draw_figures(folder, rows, problems):
         cases, pictures = [row for row in rows if row["modality"] == target], []
         try:
             for kind, row in zip(("best", "worst"), cases[::max(1, len(cases) - 1)]):
-                case = read_case(row["truth"], need_boxes=False, need_gts=True)
-                pixels, z, segs = case.image, ..., read_labels(row["masks"], "segs")[0]
+                case, segs = read_case(row["truth"], need_boxes=False, need_gts=True), read_labels(row["masks"], "segs")[0]
+                layers = [case.volume if case.is_3d else case.image, case.gts, segs]
                 if case.is_3d:
-                    pixels, z = case.volume, int(np.count_nonzero(case.gts, axis=(1, 2)).argmax())
+                    z = np.count_nonzero(case.gts, axis=(1, 2)).argmax()
+                    layers = [layer[z] for layer in layers]
                 caption = f"{kind}: DSC {100 * row['dsc']:.1f} %, NSD {100 * row['nsd']:.1f} %   {row['case']}"
-                pictures.append(compare_row(pixels[z], case.gts[z], segs[z], caption))
+                pictures.append(compare_row(*layers, caption))
             save_png(folder / f"{target}.png", np.vstack(pictures))
         except Exception as error:   # a picture is decoration
             problems.append(f"--figure: {target}: {first_line(error)}")

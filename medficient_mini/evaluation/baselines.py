@@ -48,10 +48,10 @@ def main(argv=None) -> int:
             except ValueError as error:
                 bar.write(str(error))
                 status = 1
-                continue
-            for warning in case.warnings:
-                bar.write(warning)
-            write_segs(arguments.output / path.name, fill(case.shape, case.boxes, arguments.shape == "ellipse"))
+            else:
+                for warning in case.warnings:
+                    bar.write(warning)
+                write_segs(arguments.output / path.name, fill(case.shape, case.boxes, arguments.shape == "ellipse"))
     except (ValueError, OSError) as error:
         print(first_line(error), file=sys.stderr)
         return 1

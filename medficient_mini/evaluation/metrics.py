@@ -30,7 +30,7 @@ def nsd(gt: np.ndarray, seg: np.ndarray, spacing_mm=None, tolerance_mm: float = 
     """
     gt, seg = as_masks(gt, seg)
     if gt.ndim == 2:
-        gt, seg, spacing_mm = gt[None], seg[None], (1, 1, 1)                   # like spacings: any axis may be the third
+        gt, seg, spacing_mm = gt[None], seg[None], (1, 1, 1)                   # with these any axis may be the third
     mm = np.array(spacing_mm, float)
     if mm.shape != (3,) or not ((mm > 0) & (mm < np.inf)).all():
         found = "none" if spacing_mm is None else np.ravel(spacing_mm)[:9].tolist()

@@ -6,6 +6,7 @@ are any, nsd_contour and seconds. Results are a dict, name -> list of rows.
 """
 import csv
 import io
+from contextlib import suppress
 from itertools import chain, combinations
 from pathlib import Path
 
@@ -21,19 +22,14 @@ AVERAGES = ("average over modalities", "average over cases")
 KINDS = ("2D", "3D")
 TITLE = {"dsc": "DSC", "nsd": "NSD", "nsd_contour": "contour NSD", "XRay": "X-Ray", "2D": "2D, mean over cases",
          "3D": "3D, mean over cases", None: "–"}             # what the tables print for a key, where it differs
-DRAWS = 2_000                        # bootstrap samples
+DRAWS = 2000                         # bootstrap samples
 
-
-# ------------------------------------------------------------------------------------------------------------ averages
 
 def summarise(rows: list[dict]) -> dict[str, dict]:
     """Average rows for each target: the modalities, the two AVERAGES of all, and the 2D and 3D cases that have a time.
 
     Rows without a score count for the time only. The average over modalities is the paper's, the mean of their means.
-
-    Returns:
-        {target: {"cases": number, "dsc": mean, "nsd": mean, "nsd_contour": mean, "seconds": mean}} without the means
-        of nothing; of "2D" and "3D" the seconds alone.
+    Returns {target: {"cases": number, "dsc": mean, …}} without the means of nothing; of 2D and 3D the seconds alone.
     """
     scored = [row for row in rows if row["dsc"] is not None]
     table = {target: means([row for row in scored if row["modality"] == target]) for target in modalities_of(rows)}
@@ -70,11 +66,9 @@ def columns_of(rows) -> list[str]:
 def paired_differences(a: list[dict], b: list[dict], scores: list[str]):
     """Compare two results over the cases that have a score in both.
 
-    The bootstrap draws whole patients, as cases of one patient are no independent evidence. It is seeded.
-
-    Returns:
-        The number of cases, and for each score the mean of b - a over them and, given two patients or more, the ends
-        of its 95 % interval.
+    Returns the number of cases, and for each score the mean of b - a over them and, given two patients or more, the
+    ends of its 95 % interval. The bootstrap, which is seeded, draws whole patients, as cases of one are no independent
+    evidence.
     """
     a, b = ({row["case"]: row for row in rows if row["dsc"] is not None} for rows in (a, b))
     cases = sorted(a.keys() & b.keys())
@@ -91,8 +85,6 @@ def paired_differences(a: list[dict], b: list[dict], scores: list[str]):
     return len(cases), np.transpose(estimates)
 
 
-# ------------------------------------------------------------------------------------------------------------ markdown
-
 def markdown(results: dict[str, list[dict]], published: bool = False, heading: str = "") -> str:
     """Write summary.md: scores side by side, differences of each pair, runtimes."""
     summaries = {name: summarise(rows) for name, rows in results.items()}
@@ -107,7 +99,10 @@ def markdown(results: dict[str, list[dict]], published: bool = False, heading: s
         parts += ["### Differences, second minus first",
                   difference_table(results, [*(targets if len(results) == 2 else []), None], scores)]
     if "seconds" in columns:
-        parts += ["### Runtime, mean seconds per case", runtime_table(summaries, [*targets, *KINDS], published)]
+        times = {name: {target: entry.get("seconds") for target, entry in summary.items()}
+                 for name, summary in summaries.items()} | (SECONDS if published else {})
+        parts += ["### Runtime, mean seconds per case", table(["Target", *times], [
+            [target, *(column.get(target) for column in times.values())] for target in [*targets, *KINDS]])]
         if published:
             parts.append("Published: MedficientSAM, Table 5, measured on an Intel Core i9-10900K.")
     return "\n\n".join(parts) + "\n"
@@ -146,27 +141,14 @@ def difference_table(results, targets, scores):
     return table(["Pair", "Target", "Cases in both", *titles], lines)
 
 
-def runtime_table(summaries, targets, published):
-    """Tables 7 and 5: per modality, then the means of 2D and 3D cases."""
-    columns = {name: {target: entry.get("seconds") for target, entry in summary.items()}
-               for name, summary in summaries.items()}
-    columns |= SECONDS if published else {}
-    return table(["Target", *columns],
-                 [[target] + [column.get(target) for column in columns.values()] for target in targets])
-
-
 def table(header: list, lines: list[list]) -> str:
     rows = [header, ["---"] * len(header), *lines]
     return "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in rows)
 
 
 def cell(value) -> str:
-    if isinstance(value, float):
-        return f"{value:.2f}"
-    return TITLE.get(value, str(value))
+    return f"{value:.2f}" if isinstance(value, float) else TITLE.get(value, str(value))
 
-
-# ----------------------------------------------------------------------------------------------------------------- CSV
 
 def metrics_csv(rows: list[dict]) -> str:
     """Write case,modality,labels,dsc,nsd[,nsd_contour][,seconds], a line per case, empty where there is no score."""
@@ -197,13 +179,14 @@ def add_seconds(rows: list[dict], folder, problems: list[str]) -> None:
     """
     path, seconds = Path(folder) / "efficiency.csv", {}
     try:
-        text = path.read_text("utf-8", "surrogateescape") if path.exists() else ""
-        for count, line in enumerate(csv.reader(io.StringIO(text, newline="")), 1):
-            try:
-                seconds[composed(line[0])] = float(line[1])
-            except (IndexError, ValueError):
-                if line and line[0] != "case":               # jobs that start together may write the heading twice
-                    problems.append(f"{path}: line {count}: expected case,seconds, found {','.join(line)}: left out")
+        with suppress(FileNotFoundError), open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            for count, line in enumerate(csv.reader(file), 1):
+                try:
+                    seconds[composed(line[0])] = float(line[1])
+                except (IndexError, ValueError):
+                    if line and line[0] != "case":           # jobs that start together may write the heading twice
+                        found = ",".join(line)
+                        problems.append(f"{path}: line {count}: expected case,seconds, found {found}: left out")
     except (OSError, csv.Error) as error:
         problems.append(f"{path}: {first_line(error)}")
     for row in rows if seconds else ():
