@@ -1,12 +1,13 @@
 """What a box and a point must be: the same rules for NPZ files, users' own prompts and the Python functions."""
 import numpy as np
+from numpy import ndarray
 
 
 class FieldError(ValueError):
     """A fault of one field, "<field>: expected …, found …", before a file's name is put in front."""
 
 
-def as_numbers(values, name: str) -> np.ndarray:
+def as_numbers(values, name: str) -> ndarray:
     """Return values as a float64 array. ValueError where they are no numbers or rows of different lengths."""
     try:
         values = np.asarray(values)
@@ -17,7 +18,7 @@ def as_numbers(values, name: str) -> np.ndarray:
     return values.astype(np.float64)
 
 
-def check_boxes(boxes, shape: tuple[int, ...], name: str, z_exclusive: bool = False) -> tuple[np.ndarray, list[str]]:
+def check_boxes(boxes, shape: tuple[int, ...], name: str, z_exclusive: bool = False) -> tuple[ndarray, list[str]]:
     """Check boxes and clip them to their image: float64 (N, 4) or (N, 6), and lines about those that were clipped.
 
     Args:
@@ -60,7 +61,7 @@ def check_boxes(boxes, shape: tuple[int, ...], name: str, z_exclusive: bool = Fa
     return np.hstack([lower.clip(0, last), upper.clip(0, last)]), warnings
 
 
-def check_points(points, labels, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def check_points(points, labels, shape: tuple[int, int]) -> tuple[ndarray, ndarray]:
     """Check points (P, 2), x y, on an image (H, W), one at least, and their labels (P,), 1 or True on the object.
 
     Returns them as float64 (P, 2) and int64 (P,). ValueError, "points: expected …" or "point labels: expected …".
@@ -82,7 +83,7 @@ def as_text(numbers) -> str:
     return " ".join(f"{x:g}" for x in numbers)
 
 
-def _first(rows: np.ndarray, bad: np.ndarray) -> str:
+def _first(rows: ndarray, bad: ndarray) -> str:
     """Name the first of the rows in which something is bad."""
     k = int(bad.any(1).argmax())
     return f"{k + 1} of {len(rows)}: {as_text(rows[k])}"

@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import re
 import zipfile
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -28,8 +29,6 @@ from .packing import State, expand_state
 
 LITE_MEDSAM_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
 ENCODER = "image_encoder."
-# The teacher of a distillation, and TinyViT's tables of indices, which are no weights.
-UNWANTED = re.compile(r"\bteacher_encoder\.|attention_bias_idxs$")
 # A key of the image encoder that tells the network; those that only a larger one has come first.
 MARKS = {
     "neck.middle.op_list.11.main.spatial_conv.conv.weight": "medficientsam_l2",
@@ -39,8 +38,9 @@ MARKS = {
     "patch_embed.seq.0.c.weight": "lite_medsam",
 }
 DEFAULT = Path(__file__).parents[1] / "weights" / "medficientsam_l1.pth"
-# What training puts before the names.
-WRAPPERS = re.compile(r"^((_orig_mod|module|(ema_)?model|net|network|sam|sam_model)\.)+|_orig_mod\.")
+# Whatever stands before the name of a part was put there by training. TinyViT's tables of indices are no weights.
+WEIGHT = re.compile(r"(?:(.*)\.)??((?:image_encoder|student_encoder|prompt_encoder|mask_decoder)\..+)"
+                    r"(?<!attention_bias_idxs)")
 
 
 class NoRandomStart(TorchFunctionMode):
@@ -109,12 +109,6 @@ def read_torch(path):
     raise ValueError(f"{path}: weights: expected a PyTorch checkpoint, found {found}")
 
 
-def _holds_tensors(content) -> bool:
-    """Tell whether a dict, or one in it, holds tensors under names; an optimiser's have numbers in place of names."""
-    return isinstance(content, dict) and any(isinstance(value, Tensor) or _holds_tensors(value)
-                                             for key, value in content.items() if isinstance(key, str))
-
-
 def load_state(path) -> tuple[str, State]:
     """Read a checkpoint file: the name of its network, a key of NETWORKS, and its state dict without any wrapping.
 
@@ -127,22 +121,30 @@ def _unwrap(path, content) -> tuple[str, State]:
     """What `load_state` says of the content of a file."""
     if not isinstance(content, dict):
         raise ValueError(f"{path}: weights: expected a state dict, found {type(content).__name__}")
-    while nested := [key for key, value in content.items() if isinstance(key, str) and _holds_tensors(value)]:
-        known = [key for key in ("state_dict", "model_state_dict", "model", "net") if key in nested]
-        if not known and any(isinstance(value, Tensor) and value.ndim for value in content.values()):
-            break                    # these are the weights, and the dict beside them is something else
-        if not known and len(nested) > 1:
-            raise ValueError(f"{path}: weights: expected one state dict, found {', '.join(nested)}; save the right "
-                             f"one alone: torch.save(torch.load(FILE)[{nested[0]!r}], NEW)")
-        content = content[(known or nested)[0]]
-    state = {}
-    for key, value in content.items():
-        if isinstance(value, Tensor) and isinstance(key, str) and not UNWANTED.search(key):
-            key = WRAPPERS.sub("", key).replace("student_encoder.", ENCODER)
-            if key in state:
-                raise ValueError(f"{path}: weights: expected each weight once, found several of {key}")
-            state[key] = value
+    likely = [content[key] for key in ("state_dict", "model_state_dict", "model", "net") if key in content]
+    found = next(filter(None, map(_weights, [*likely, content])), {"": content})
+    if len(found) > 1:
+        raise ValueError(f"{path}: weights: expected one state dict, found {', '.join(found)}; save the right one "
+                         "alone: torch.save(torch.load(FILE)[NAME], NEW)")
+    state, = found.values()
     return recognise(path, state), expand_state(state)
+
+
+def _weights(content) -> dict[str, State]:
+    """Collect the tensors that bear the name of a weight, by what stands in front of it."""
+    found = defaultdict(dict)
+    for key, value in _tensors(content):
+        if match := WEIGHT.fullmatch(key.replace("_orig_mod.", "")):
+            found[match[1]][match[2].replace("student_encoder", "image_encoder")] = value
+    return found
+
+
+def _tensors(content, front: str = ""):
+    """Give the tensors in a dict, and in those in it, under their keys joined by dots."""
+    for key, value in content.items() if isinstance(content, dict) else ():
+        yield from _tensors(value, f"{front}{key}.")
+        if isinstance(value, Tensor):
+            yield f"{front}{key}", value
 
 
 def recognise(path, state: State) -> str:

@@ -5,6 +5,7 @@ a rule of its own. Full-size logits exist for one object at a time, and only whe
 file compares the rules.
 """
 import numpy as np
+from numpy import ndarray
 from torch import Tensor
 
 from .geometry import enlarged_logits, reached_region
@@ -31,19 +32,19 @@ class Composition:
         self.mask_sizes = np.zeros(count, int)
         self.bits = np.zeros((-(-count // 8), *shape), np.uint8) if separate else None
 
-    def claim(self, k: int, place: tuple, mask: np.ndarray, wins: np.ndarray) -> None:
+    def claim(self, k: int, place: tuple, mask: ndarray, wins: ndarray) -> None:
         """Give the pixels of `wins` to object k, whose whole mask at that place of the labels is `mask`."""
         self.labels[place][wins] = k + 1
         self.mask_sizes[k] += np.count_nonzero(mask)
         if self.bits is not None:
             self.bits[(k // 8, *place)] |= mask * np.uint8(1 << k % 8)
 
-    def kept_sizes(self) -> np.ndarray:
+    def kept_sizes(self) -> ndarray:
         """Count the pixels that each object kept: int (N,)."""
         count = len(self.mask_sizes)
         return sum(np.bincount(part.ravel(), minlength=count + 1) for part in self.labels)[1:]
 
-    def masks(self) -> np.ndarray:
+    def masks(self) -> ndarray:
         """Return each object's own mask, bool (N, H, W) or (N, D, H, W), where they were kept separate."""
         return np.unpackbits(self.bits, axis=0, count=len(self.mask_sizes), bitorder="little").view(bool)
 
@@ -59,7 +60,7 @@ def lost_objects(found: Composition) -> list[str]:
     return lines
 
 
-def compose(found: Composition, objects: np.ndarray, logits: Tensor, boxes: np.ndarray, size: int,
+def compose(found: Composition, objects: ndarray, logits: Tensor, boxes: ndarray, size: int,
             overlap: str = OVERLAPS[0], z: int | None = None) -> None:
     """Share out the pixels of one picture, an image or slice z of a volume, among n of the N objects.
 
@@ -108,7 +109,7 @@ def compose(found: Composition, objects: np.ndarray, logits: Tensor, boxes: np.n
         highest[region][wins] = values[wins]
 
 
-def lies_inside(i: int, j: int, inside: np.ndarray, areas: np.ndarray, boxes: np.ndarray) -> bool:
+def lies_inside(i: int, j: int, inside: ndarray, areas: ndarray, boxes: ndarray) -> bool:
     """Tell whether object i lies inside object j, judged on the network's own grid of 256×256.
 
     At least 80 % of its mask and of its box lie in the other's, and its mask is at most 80 % as large. The boxes are

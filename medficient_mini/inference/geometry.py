@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy import ndarray
 from torch import Tensor
 
 INTERPOLATION = {"bilinear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA}
@@ -27,7 +28,7 @@ def scaled_size(height: int, width: int, size: int) -> tuple[int, int]:
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
-def to_network(image: np.ndarray, size: int, resize: str = "bilinear") -> Tensor:
+def to_network(image: ndarray, size: int, resize: str = "bilinear") -> Tensor:
     """Turn an image, uint8 (H, W) or (H, W, 3) RGB, into a network's input, float32 (3, size, size) in [0, 1].
 
     It is resized as uint8 without antialiasing ("bilinear": MedficientSAM, MedSAM) or by area averaging ("area":
@@ -42,7 +43,7 @@ def to_network(image: np.ndarray, size: int, resize: str = "bilinear") -> Tensor
     return torch.from_numpy(padded)
 
 
-def sam_input(image: np.ndarray, size: int) -> Tensor:
+def sam_input(image: ndarray, size: int) -> Tensor:
     """Turn an image, uint8 (H, W) or (H, W, 3) RGB, into a network's input as SAM does: float32 (3, size, size).
 
     It differs from `to_network` in two ways: the resizing is antialiased, and the colours are normalised by mean and
@@ -55,7 +56,7 @@ def sam_input(image: np.ndarray, size: int) -> Tensor:
     return F.pad(x, (0, size - width, 0, size - height))
 
 
-def boxes_to_network(boxes: np.ndarray, height: int, width: int, size: int) -> Tensor:
+def boxes_to_network(boxes: ndarray, height: int, width: int, size: int) -> Tensor:
     """Scale boxes (..., 4) or points (..., 2) from pixels of the image to float32 pixels of the network's input."""
     new_height, new_width = scaled_size(height, width, size)
     boxes = np.asarray(boxes, np.float64)
@@ -86,7 +87,7 @@ def enlargement(height: int, width: int, size: int) -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
-def enlarged_logits(logits: Tensor, height: int, width: int, size: int, region: Region) -> np.ndarray:
+def enlarged_logits(logits: Tensor, height: int, width: int, size: int, region: Region) -> ndarray:
     """Enlarge the logits (256, 256) of one object in a region of the image alone; float32."""
     rows, columns = enlargement(height, width, size)
     return (rows[region[0]] @ logits.float().cpu() @ columns[region[1]].T).numpy()
@@ -101,7 +102,7 @@ def reached_region(logits: Tensor, height: int, width: int, size: int) -> Region
     return tuple(spans)
 
 
-def logits_to_mask(logits: Tensor, height: int, width: int, size: int) -> np.ndarray:
+def logits_to_mask(logits: Tensor, height: int, width: int, size: int) -> ndarray:
     """Turn logits (N, 256, 256) into masks (N, height, width) bool: inside where the enlarged logit is above 0."""
     masks = np.zeros((len(logits), height, width), bool)
     for mask, one in zip(masks, logits):
@@ -110,7 +111,7 @@ def logits_to_mask(logits: Tensor, height: int, width: int, size: int) -> np.nda
     return masks
 
 
-def box_of_mask(mask: np.ndarray) -> np.ndarray | None:
+def box_of_mask(mask: ndarray) -> ndarray | None:
     """Return the tight box x0 y0 x1 y1 (inclusive) of a mask (H, W) as float64, None where it is empty."""
     columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
     if not len(rows):

@@ -1,9 +1,8 @@
 """The one reader of NPZ files: cases with `imgs`, `boxes`, `gts` and `spacing`, and masks with `segs`.
 
-Inference, training, evaluation and the baselines all read through this module and so accept and refuse the same
-files. Everything wrong with a file becomes a ValueError of one line, "<file name>: <field>: expected …, found …".
-Arrays are streamed out of the zip archive in small pieces, so a volume is only ever held as uint8, whatever type it
-was saved in, and a header that promises more than the file holds is refused before anything is allocated.
+Everything wrong with a file becomes a ValueError of one line, "<file name>: <field>: expected …, found …". Arrays are
+streamed out of the zip archive in pieces, so a volume is only ever held as uint8, whatever type it was saved in, and
+a header that promises more than the file holds is refused before anything is allocated.
 """
 import math
 import re
@@ -13,39 +12,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy import ndarray
 
 from ..files import first_line, list_files, stray_kind, whole_file
 from .boxes import FieldError, as_text, check_boxes
 
 FIELDS = ("imgs", "boxes", "gts", "spacing", "segs")                # whatever else a file holds is not looked at
 PIECE = 1 << 20                                                     # numbers streamed at once
+CHANNELS = (1, 3, 4)                                                # of an image: grey, RGB, RGB with alpha
 NAME = re.compile(r"([23])D(?:Box)?_([^_.]+)(?:_([^_.]+)_)?")       # dimension, modality, data set
 
 
 @dataclass
 class Case:
-    """One checked case; what was not asked for is None.
-
-    A 2D case has an `image`, uint8 (H, W, 3) RGB; a 3D case a `volume`, uint8 (D, H, W) or (D, H, W, 3). `boxes` are
-    float64 (N, 4) or (N, 6), as `check_boxes` returns them; `gts` labels (H, W) or (D, H, W), uint8 or uint16;
-    `spacing` float64 (3,), the mm between voxels along (z, y, x); `warnings` lines for the user. Users' own files
-    alone have `points` float64 (P, 2), x y, with `point_labels` (P,), 1 on the object and 0 beside it; `drawn_slice`
-    int (N,), the slice that each box was drawn on; `intensity`, how numbers became 0–255, in words; and `grid`,
-    where a NIfTI file's voxels lie.
-    """
-    name: str
+    """One checked case; what was not asked for is None. The fields from `points` on are of users' own files alone."""
+    name: str                                   # of the file
     modality: str
-    image: np.ndarray | None = None
-    volume: np.ndarray | None = None
-    boxes: np.ndarray | None = None
-    gts: np.ndarray | None = None
-    spacing: np.ndarray | None = None
+    image: ndarray | None = None                # uint8 (H, W, 3) RGB of a 2D case
+    volume: ndarray | None = None               # uint8 (D, H, W) or (D, H, W, 3) of a 3D case
+    boxes: ndarray | None = None                # float64 (N, 4) or (N, 6), as `check_boxes` returns them
+    gts: ndarray | None = None                  # labels, uint8 or uint16, of the size of the image or volume
+    spacing: ndarray | None = None              # float64 (3,), mm between voxels along (z, y, x)
     warnings: list[str] = field(default_factory=list)
-    points: np.ndarray | None = None
-    point_labels: np.ndarray | None = None
-    drawn_slice: np.ndarray | None = None
-    intensity: str | None = None
-    grid: object = None
+    points: ndarray | None = None               # float64 (P, 2), x y
+    point_labels: ndarray | None = None         # (P,), 1 on the object, 0 beside it
+    drawn_slice: ndarray | None = None          # int (N,), the slice of a volume that each box was drawn on
+    intensity: str | None = None                # how numbers became 0–255, in words
+    grid: object = None                         # where a NIfTI file's voxels lie
 
     @property
     def is_3d(self) -> bool:
@@ -59,11 +52,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Header:
-    """One case as the headers in its file describe it: `name` without ending, `shape` of `imgs` with its channels."""
+    """One case as its file's headers describe it: `name` without ending, `shape` of `imgs` with its channels."""
     path: Path
     name: str
     modality: str
-    shape: tuple[int, ...]
+    shape: tuple
     is_3d: bool
     has_gts: bool
 
@@ -127,7 +120,7 @@ def read_header(path, need_gts: bool = False) -> Header:
         return header
 
 
-def read_labels(path, field: str) -> tuple[np.ndarray, np.ndarray | None]:
+def read_labels(path, field: str) -> tuple[ndarray, ndarray | None]:
     """Read the labels, "gts" or "segs", of one file, which may do without images: uint8 or uint16.
 
     Beside `gts` of a volume the spacing is returned too, float64 (3,), mm along (z, y, x), else None. ValueError for
@@ -186,7 +179,7 @@ class _Array:
                 numbers = min(PIECE, self.count - start)
                 yield np.frombuffer(stream.read(numbers * self.dtype.itemsize), self.dtype, numbers)
 
-    def read(self, dtype, scale: float | None = None) -> np.ndarray:
+    def read(self, dtype, scale: float | None = None) -> ndarray:
         """Return the whole array as `dtype`, C-contiguous; with a scale, multiplied by it, rounded, at most 255."""
         array, start = np.empty(self.count, dtype), 0
         for piece in self.pieces():
@@ -197,11 +190,9 @@ class _Array:
     def limits(self) -> tuple[float, float]:
         """Return the smallest and the largest number, NaN if there is one, and without a look 0 and 255 of uint8."""
         if self.dtype == np.uint8:
-            return 0.0, 255.0
-        low, high = math.inf, -math.inf
-        for piece in self.pieces():          # np.minimum keeps a NaN, Python's min loses it
-            low, high = np.minimum(low, piece.min()), np.maximum(high, piece.max())
-        return float(low), float(high)
+            return 0, 255
+        extremes = np.array([(piece.min(), piece.max()) for piece in self.pieces()])
+        return extremes[:, 0].min(), extremes[:, 1].max()
 
 
 def _describe(path: Path, arrays: dict[str, _Array], labels: str) -> Header:
@@ -209,20 +200,18 @@ def _describe(path: Path, arrays: dict[str, _Array], labels: str) -> Header:
     targets, boxes = arrays.get(labels), arrays.get("boxes")
     pixels = arrays.get("imgs", targets)
     shape, match = pixels.shape, NAME.match(path.name)
-    has_channels = shape[-1:] in ((1,), (3,), (4,))
     if match:
         is_3d = match[1] == "3"
-    elif len(shape) == 3 and has_channels:
+    elif len(shape) == 3 and shape[-1] in CHANNELS:
         # (5, 9, 3) is a colour image or a narrow volume: boxes or masks tell, else colour is likelier.
         gts = arrays.get("gts", targets)
         is_3d = bool(boxes and boxes.shape[-1:] == (6,) or gts and gts.shape == shape and shape[-1] > 1)
     else:
         is_3d = len(shape) >= 3
-    if is_3d:
-        fits, wanted = len(shape) == 3 or len(shape) == 4 and shape[-1] == 3, "(D, H, W[, 3]) of a volume"
-    else:
-        fits, wanted = len(shape) == 2 or len(shape) == 3 and has_channels, "(H, W[, 3]) of an image"
+    axes, channels = (3, (3,)) if is_3d else (2, CHANNELS)
+    fits = len(shape) == axes or len(shape) == axes + 1 and shape[-1] in channels
     if not fits or min(shape) < 1:
+        wanted = "(D, H, W[, 3]) of a volume" if is_3d else "(H, W[, 3]) of an image"
         raise FieldError(f"{pixels.name}: expected shape {wanted}, found {shape}")
     if pixels.name == "imgs" and pixels.dtype.kind not in "iuf":
         raise FieldError(f"imgs: expected uint8 or numbers within 0-255, found {pixels.dtype}")
@@ -235,7 +224,7 @@ def _describe(path: Path, arrays: dict[str, _Array], labels: str) -> Header:
     return header
 
 
-def _read_pixels(imgs: _Array, case: Case) -> np.ndarray:
+def _read_pixels(imgs: _Array, case: Case) -> ndarray:
     """`imgs` as uint8: other numbers if they lie within 0–255, floats rounded, and 0–1 spread to 0–255."""
     low, high = imgs.limits()
     if not (low >= 0 and high <= 255):       # NaN is neither
@@ -249,7 +238,7 @@ def _read_pixels(imgs: _Array, case: Case) -> np.ndarray:
     return imgs.read(np.uint8, 255.0)
 
 
-def _read_labels(array: _Array, header: Header) -> np.ndarray:
+def _read_labels(array: _Array, header: Header) -> ndarray:
     """Labels as uint8, or uint16 where one is above 255."""
     low, high = array.limits()
     if low < 0 or high > 65535:
@@ -257,7 +246,7 @@ def _read_labels(array: _Array, header: Header) -> np.ndarray:
     return array.read(np.uint8 if high < 256 else np.uint16).reshape(header.size)
 
 
-def _read_spacing(array: _Array) -> np.ndarray:
+def _read_spacing(array: _Array) -> ndarray:
     """The spacing, if it is one."""
     spacing = array.read(np.float64)
     if spacing.shape != (3,) or not ((spacing > 0) & (spacing < np.inf)).all():
@@ -265,7 +254,7 @@ def _read_spacing(array: _Array) -> np.ndarray:
     return spacing
 
 
-def write_segs(path, segs: np.ndarray, **extra) -> None:
+def write_segs(path, segs: ndarray, **extra) -> None:
     """Write labels (H, W) or (D, H, W) as `segs`, uint8, or uint16 where one is above 255, with `extra` arrays."""
     write_npz(path, segs=segs.astype(np.min_scalar_type(int(segs.max(initial=0))), copy=False), **extra)
 

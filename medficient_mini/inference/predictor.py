@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 from .boxes import check_boxes, check_points
@@ -16,7 +17,7 @@ from .geometry import boxes_to_network, logits_to_mask, postprocess_masks, sam_i
 BATCH = 4                            # prompts decoded at once: larger batches take more memory and no less time
 
 
-def checked_pixels(pixels, axes: int) -> np.ndarray:
+def checked_pixels(pixels, axes: int) -> ndarray:
     """Return an image (two axes) or a volume (three) as an array. ValueError unless it is uint8, grey or RGB."""
     pixels = np.asarray(pixels)
     if pixels.dtype != np.uint8 or pixels.ndim < axes or pixels.shape[axes:] not in ((), (3,)) or not pixels.size:
@@ -25,7 +26,7 @@ def checked_pixels(pixels, axes: int) -> np.ndarray:
     return pixels
 
 
-def checked_boxes(boxes, shape: tuple[int, ...]) -> np.ndarray:
+def checked_boxes(boxes, shape: tuple[int, ...]) -> ndarray:
     """Check boxes by the rules for files; what `check_boxes` remarks there becomes a Python warning here."""
     boxes, remarks = check_boxes(boxes, shape, "image" if len(shape) == 2 else "volume")
     for remark in remarks:
@@ -34,7 +35,7 @@ def checked_boxes(boxes, shape: tuple[int, ...]) -> np.ndarray:
 
 
 @torch.inference_mode()
-def encode(model, image: np.ndarray, as_sam: bool = False) -> Tensor:
+def encode(model, image: ndarray, as_sam: bool = False) -> Tensor:
     """Compute the embedding (1, 256, 64, 64) float32 of an image, uint8 (H, W) or (H, W, 3), prepared as the network
     wants it or `as_sam` prepares images itself."""
     size = model.image_size
@@ -66,8 +67,8 @@ def decode_boxes(model, embedding: Tensor, boxes: Tensor) -> Tensor:
     return decode(model, embedding, boxes)[0][:, 0]
 
 
-def segment_image(model, image: np.ndarray, boxes: np.ndarray, overlap: str = OVERLAPS[0], *,
-                  details: bool = False, separate: bool = False) -> np.ndarray | Composition:
+def segment_image(model, image: ndarray, boxes: ndarray, overlap: str = OVERLAPS[0], *,
+                  details: bool = False, separate: bool = False) -> ndarray | Composition:
     """Segment the objects in boxes of an image: labels (H, W), where box k gives label k, counted from 1.
 
     The image is uint8 (H, W) or (H, W, 3) RGB; boxes are (N, 4) x0 y0 x1 y1 in its pixels, both corners included.
@@ -90,7 +91,7 @@ class LongestSide:
     def __init__(self, target_length: int):
         self.target_length = target_length
 
-    def apply_coords(self, coords: np.ndarray, original_size: tuple[int, int]) -> np.ndarray:
+    def apply_coords(self, coords: ndarray, original_size: tuple[int, int]) -> ndarray:
         """Scale an array of points (..., 2) or boxes (..., 4) on an image of that (H, W); float32."""
         return boxes_to_network(coords, *original_size, self.target_length).numpy()
 
@@ -127,7 +128,7 @@ class Predictor:
         self.is_image_set = False
         self.features = self.original_size = self.input_size = None
 
-    def set_image(self, image: np.ndarray, image_format: str = "RGB") -> None:
+    def set_image(self, image: ndarray, image_format: str = "RGB") -> None:
         """Compute the embedding of an image, uint8 (H, W, 3) in the order "RGB" or "BGR", or grey (H, W).
 
         ValueError for anything else.
@@ -149,9 +150,9 @@ class Predictor:
             raise RuntimeError("An image must be set with .set_image(...) before a mask or its embedding is asked for.")
         return self.features
 
-    def predict(self, point_coords: np.ndarray | None = None, point_labels: np.ndarray | None = None,
-                box: np.ndarray | None = None, mask_input: np.ndarray | None = None, multimask_output: bool = True,
-                return_logits: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def predict(self, point_coords: ndarray | None = None, point_labels: ndarray | None = None,
+                box: ndarray | None = None, mask_input: ndarray | None = None, multimask_output: bool = True,
+                return_logits: bool = False) -> tuple[ndarray, ndarray, ndarray]:
         """Predict the masks of one prompt, given in pixels of the image.
 
         Args:

@@ -7,6 +7,7 @@ from functools import lru_cache, partial
 
 import numpy as np
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 from .boxes import as_numbers
@@ -23,10 +24,10 @@ class Stopped(Exception):
     """Raised by `segment_volume` where its `should_stop` answered yes; nothing is returned or written."""
 
 
-def segment_volume(model, volume: np.ndarray, boxes: np.ndarray, drawn_slice: np.ndarray | None = None,
+def segment_volume(model, volume: ndarray, boxes: ndarray, drawn_slice: ndarray | None = None,
                    propagation: str = PROPAGATIONS[0], overlap: str = OVERLAPS[0], cache_mb: float = 1024, *,
                    progress=None, should_stop=None, details: bool = False,
-                   separate: bool = False) -> np.ndarray | Composition:
+                   separate: bool = False) -> ndarray | Composition:
     """Segment the objects in boxes of a volume: labels (D, H, W), where box k gives label k, counted from 1.
 
     Args:
@@ -93,13 +94,13 @@ def segment_sections(found: Composition, model, volume, boxes, drawn, overlap, w
         compose(found, objects, logits, flat[objects], model.image_size, overlap, z)
 
 
-def visits(slices, first: np.ndarray, last: np.ndarray) -> list[tuple[int, np.ndarray]]:
+def visits(slices, first: ndarray, last: ndarray) -> list[tuple[int, ndarray]]:
     """List the slices that any of the objects reach, from `first` to `last`, each with the numbers of these objects."""
     found = [(z, np.flatnonzero((first <= z) & (z <= last))) for z in slices]
     return [visit for visit in found if len(visit[1])]
 
 
-def section_boxes(boxes: np.ndarray, z: int, drawn_slice: np.ndarray | None = None) -> np.ndarray:
+def section_boxes(boxes: ndarray, z: int, drawn_slice: ndarray | None = None) -> ndarray:
     """Make the prompts (N, 4) x0 y0 x1 y1 on slice z of boxes (N, 6) that reach it, float64 in pixels of the volume.
 
     Each is midway between the given box and the box round the cross-section at z of the ellipsoid inscribed in it:
@@ -141,7 +142,7 @@ def propagate(found: Composition, model, volume, boxes, drawn, cache_mb: float, 
                 downward[k] = prompts[k]
 
 
-def next_prompt(model, mask: np.ndarray, default: Tensor) -> Tensor:
+def next_prompt(model, mask: ndarray, default: Tensor) -> Tensor:
     """Return the neighbour slice's prompt (4,) in network pixels: the box of this mask (H, W), `default` if empty."""
     box = box_of_mask(mask)
     if box is None:
