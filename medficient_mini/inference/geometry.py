@@ -44,15 +44,14 @@ def to_network(image: ndarray, size: int, resize: str = "bilinear") -> Tensor:
 
 
 def sam_input(image: ndarray, size: int) -> Tensor:
-    """Turn an image, uint8 (H, W) or (H, W, 3) RGB, into a network's input as SAM does: float32 (3, size, size).
+    """Turn an image into a network's input in SAM's way, float32 (3, size, size); see `to_network` for the other.
 
-    It differs from `to_network` in two ways: the resizing is antialiased, and the colours are normalised by mean and
-    deviation of natural images, not by the smallest and the largest value of this one.
+    The resizing is antialiased, and the colours are normalised by mean and deviation of natural images.
     """
     height, width = scaled_size(*image.shape[:2], size)
     x = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1).expand(3, -1, -1)[None]
     x = F.interpolate(x.contiguous(), (height, width), mode="bilinear", antialias=True)[0].float()
-    x = (x - torch.tensor(SAM_MEAN).reshape(3, 1, 1)) / torch.tensor(SAM_STD).reshape(3, 1, 1)
+    x = (x - torch.tensor(SAM_MEAN)[:, None, None]) / torch.tensor(SAM_STD)[:, None, None]
     return F.pad(x, (0, size - width, 0, size - height))
 
 
@@ -88,16 +87,16 @@ def enlargement(height: int, width: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def enlarged_logits(logits: Tensor, height: int, width: int, size: int, region: Region) -> ndarray:
-    """Enlarge the logits (256, 256) of one object in a region of the image alone; float32."""
+    """Enlarge the logits (256, 256) of one object, on the CPU, in a region of the image alone; float32."""
     rows, columns = enlargement(height, width, size)
-    return (rows[region[0]] @ logits.float().cpu() @ columns[region[1]].T).numpy()
+    return (rows[region[0]] @ logits @ columns[region[1]].T).numpy()
 
 
 def reached_region(logits: Tensor, height: int, width: int, size: int) -> Region:
     """Return the smallest region of the image outside of which no positive logit of (256, 256) has any influence."""
     spans = []
     for matrix, axis in zip(enlargement(height, width, size), (1, 0)):
-        hit = (matrix[:, (logits > 0).any(axis).cpu()] > 0).any(1).nonzero().flatten().tolist()
+        hit = (matrix[:, (logits > 0).any(axis)] > 0).any(1).nonzero().flatten().tolist()
         spans.append(slice(hit[0], hit[-1] + 1) if hit else slice(0, 0))
     return tuple(spans)
 
@@ -113,7 +112,5 @@ def logits_to_mask(logits: Tensor, height: int, width: int, size: int) -> ndarra
 
 def box_of_mask(mask: ndarray) -> ndarray | None:
     """Return the tight box x0 y0 x1 y1 (inclusive) of a mask (H, W) as float64, None where it is empty."""
-    columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
-    if not len(rows):
-        return None
-    return np.array([columns[0], rows[0], columns[-1], rows[-1]], np.float64)
+    x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    return np.array([x, y, x + width - 1, y + height - 1], float) if width else None

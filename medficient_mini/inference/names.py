@@ -1,7 +1,4 @@
-"""Names of files: which patient they tell, in which form they are compared, and how any of them can be shown.
-
-Training splits and evaluation resamples by patient.
-"""
+"""Names of files: which patient they tell, in which form they are compared, and how any of them can be shown."""
 import re
 import sys
 import unicodedata
@@ -36,20 +33,14 @@ def composed(name: str) -> str:
 
 
 def patient_of(name: str, pattern: str | None = None) -> str:
-    """Guess the key that all files of one patient share, from a file name with or without folder and ending.
+    """Guess the key that all files of one patient share, from a file name or path: training splits by patient.
 
     2D_CT_CURVAS_10001-458 and 2D_CT_CURVAS_10001-509 are slices of CURVAS_10001; 3D_CT_STS_001 and 3D_PET_STS_001 are
-    STS_001 in two modalities; P001_slice01 is P001. A name without a slice number is a patient of its own, and so
-    is one that may as well count patients: anna-01, like COVID-01. A file named after its slice alone belongs to its
-    folder: patient1/slice_01, patient1/2D_CT_001 and patient1/image001 to patient1.
+    STS_001; P001_slice01 is P001. A name that may as well count patients is a patient of its own: anna-01, like
+    COVID-01. A file named after its slice alone belongs to its folder: patient1/slice_01 to patient1.
 
-    Args:
-        name: file name or path.
-        pattern: a regular expression that finds the patient in the file name instead: its first group, or all that
-            it matches where it has no group.
-
-    Raises:
-        ValueError: the pattern is no regular expression, or it does not match this name.
+    A `pattern` finds the patient in the file name instead: a regular expression's first group, or all that it matches
+    where it has none. ValueError if it is no regular expression, or does not match.
     """
     path = Path(name)
     stem = path.name.removesuffix(".npz")

@@ -2,7 +2,7 @@
 
 A packed state dict holds, for every convolution and linear weight, `key` int8 (the weight's shape) and `key.scale`
 float32 (first dimension): weight = int8 · scale. Small tensors and vectors (norms, biases, tokens) stay as they are.
-Packing what was expanded gives the same integers again, so nothing is lost by saving twice.
+Packing what was expanded gives the same integers again: nothing is lost by saving twice.
 """
 import torch
 from torch import Tensor
@@ -28,11 +28,10 @@ def pack_state(state: State) -> State:
 def expand_state(packed: State) -> State:
     """Turn a packed state dict back into a float32 one; one that is not packed comes back unchanged."""
     state = dict(packed)
-    for key in packed:
-        name = key.removesuffix(SCALE)
-        if name != key and name in packed:
-            scale = state.pop(key)                                                        # (C,)
-            state[name] = packed[name] * scale.reshape(-1, *[1] * (packed[name].ndim - 1))
+    for key, value in packed.items():
+        if key + SCALE in packed:
+            scale = state.pop(key + SCALE)                                                # (C,)
+            state[key] = value * scale.reshape(-1, *[1] * (value.ndim - 1))
     return state
 
 
