@@ -21,22 +21,17 @@ def as_numbers(values, name: str) -> ndarray:
 def check_boxes(boxes, shape: tuple[int, ...], name: str, z_exclusive: bool = False) -> tuple[ndarray, list[str]]:
     """Check boxes and clip them to their image: float64 (N, 4) or (N, 6), and lines about those that were clipped.
 
-    Args:
-        boxes: (N, 4), x0 y0 x1 y1, on an image, or (N, 6), x0 y0 z0 x1 y1 z1, on a volume, in pixels counted from 0,
-            inclusive; a single box may come without its first axis, and no box as any empty array.
-        shape: (H, W) or (D, H, W).
-        name: what the lines start with.
-        z_exclusive: z1 is the slice after the last one, as the authors of MedficientSAM read it.
-
-    Raises:
-        ValueError: "boxes: expected …, found …" for another shape, numbers that are not finite, an upper corner below
-            the lower, boxes wholly outside, and more than 65,535 of them.
+    Boxes are x0 y0 x1 y1 on an image of `shape` (H, W), x0 y0 z0 x1 y1 z1 on a volume (D, H, W), in pixels counted
+    from 0, inclusive; a single one may come without its first axis, and none as any empty array. With z_exclusive, z1
+    is the slice after the last one, as the authors of MedficientSAM read it. The lines start with `name`. ValueError,
+    "boxes: expected …, found …", for another shape, numbers that are not finite, corners in the wrong order, and
+    boxes wholly outside.
     """
     boxes, axes, warnings = as_numbers(boxes, "boxes"), len(shape), []
     if boxes.size and (boxes.ndim > 2 or boxes.shape[-1:] != (2 * axes,)):
         raise FieldError(f"boxes: expected shape (N, {2 * axes}), found {boxes.shape}")
     boxes = boxes.reshape(-1, 2 * axes)
-    if len(boxes) > 65535:
+    if len(boxes) > 65535:                                                # the largest label
         raise FieldError(f"boxes: expected at most 65535 boxes, found {len(boxes)}")
     lower, upper = boxes[:, :axes], boxes[:, axes:]                       # parts of `boxes`: they change together
     last = np.array(shape[::-1]) - 1                                      # x, y[, z] of the last pixel

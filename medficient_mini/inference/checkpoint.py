@@ -159,8 +159,7 @@ def recognise(path, state: State) -> str:
 def load_strictly(model: torch.nn.Module, state: State, path) -> None:
     """Make the tensors of a state dict the model's own, without copying those that have its type already.
 
-    ValueError, one line, unless every key is there, of the right shape and finite: how many are not, and the first
-    of each kind.
+    ValueError, one line, unless every key is there, of the right shape and finite.
     """
     own = model.state_dict()
     # Batch norm's counters are absent from some exports and play no part in inference.

@@ -1,8 +1,7 @@
 """Which object keeps a pixel that several masks claim: N masks, given as logits, become one picture of labels.
 
-Images, the slices of volumes and the mouse window all compose here; the published propagation (volume.py) alone has
-a rule of its own. Full-size logits exist for one object at a time, and only where its mask is. README.md beside this
-file compares the rules.
+The published propagation (volume.py) alone has a rule of its own. Full-size logits exist for one object at a time,
+and only where its mask is. README.md beside this file compares the rules.
 """
 import numpy as np
 from numpy import ndarray
@@ -72,7 +71,7 @@ def compose(found: Composition, objects: ndarray, logits: Tensor, boxes: ndarray
     - "later": those of objects with a lower label, as the authors of MedficientSAM have it.
 
     So the labels are the same in whatever order the boxes come, but for "later". Equal boxes have equal logits: the
-    first of them keeps all.
+    first of them keeps all. ValueError for another word than those of OVERLAPS.
 
     Args:
         found: takes up the labels.
@@ -80,9 +79,6 @@ def compose(found: Composition, objects: ndarray, logits: Tensor, boxes: ndarray
         logits: (n, 256, 256) on the CPU, above 0 inside.
         boxes: (n, 4) x0 y0 x1 y1 in pixels. With z, the masks are clipped to them.
         size: the side of the network's input in pixels.
-
-    Raises:
-        ValueError: for another word than those of OVERLAPS.
     """
     if overlap not in OVERLAPS:
         raise ValueError(f"overlap: expected one of {', '.join(OVERLAPS)}, found {overlap!r}")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy import ndarray
+from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 
 from ..files import first_line, list_files, stray_kind, whole_file
 from .boxes import FieldError, as_text, check_boxes
@@ -157,8 +158,7 @@ class _Array:
     def __init__(self, archive: zipfile.ZipFile, name: str):
         self.archive, self.name, member = archive, name, archive.getinfo(f"{name}.npy")
         with archive.open(member) as stream:
-            version = np.lib.format.read_magic(stream)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            read = read_array_header_1_0 if read_magic(stream) == (1, 0) else read_array_header_2_0
             self.shape, self.fortran, self.dtype = read(stream)
             self.offset = stream.tell()
         self.count = math.prod(self.shape)

@@ -45,10 +45,9 @@ def encode(model, image: ndarray, as_sam: bool = False) -> Tensor:
 @torch.inference_mode()
 def decode(model, embedding: Tensor, boxes: Tensor | None = None, points: tuple[Tensor, Tensor] | None = None,
            masks: Tensor | None = None, multimask: bool = False) -> tuple[Tensor, Tensor]:
-    """Decode N prompts on one embedding (1, 256, 64, 64), BATCH at a time: all masks of this package come from here.
+    """Decode N prompts on one embedding, as `Sam.decode` does, BATCH at a time: all masks come from here.
 
-    The prompts are those of `Sam.decode`. Returns logits (N, C, 256, 256) and predicted IoU (N, C), float32 on the
-    CPU, where C is 3 with `multimask`, else 1.
+    Returns logits (N, C, 256, 256) and predicted IoU (N, C), float32 on the CPU; C is 3 with `multimask`, else 1.
     """
     prompts = (boxes, *(points or (None, None)), masks)
     count, channels = next(len(prompt) for prompt in prompts if prompt is not None), 3 if multimask else 1
@@ -71,8 +70,7 @@ def segment_image(model, image: ndarray, boxes: ndarray, overlap: str = OVERLAPS
     """Segment the objects in boxes of an image: labels (H, W), where box k gives label k, counted from 1.
 
     The image is uint8 (H, W) or (H, W, 3) RGB; boxes are (N, 4) x0 y0 x1 y1 in its pixels, both corners included.
-    For `overlap`, `details` and `separate` see `segment_volume`. ValueError, one line, for another image, boxes that
-    `check_boxes` refuses or another `overlap`.
+    The rest, and the errors, are as in `segment_volume`.
     """
     image = checked_pixels(image, 2)
     boxes = checked_boxes(boxes, image.shape[:2])
@@ -128,10 +126,7 @@ class Predictor:
         self.features = self.original_size = self.input_size = None
 
     def set_image(self, image: ndarray, image_format: str = "RGB") -> None:
-        """Compute the embedding of an image, uint8 (H, W, 3) in the order "RGB" or "BGR", or grey (H, W).
-
-        ValueError for anything else.
-        """
+        """Compute the embedding of an image, uint8 (H, W, 3) in the order "RGB" or "BGR", or grey. ValueError."""
         image = checked_pixels(image, 2)
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f"image_format: expected RGB or BGR, found {image_format!r}")
@@ -155,8 +150,7 @@ class Predictor:
         """Predict the masks of one prompt, given in pixels of the image.
 
         Args:
-            point_coords: (P, 2) x y.
-            point_labels: (P,), 1 on the object, 0 beside it; booleans mean the same.
+            point_coords, point_labels: (P, 2) x y, and (P,), 1 on the object, 0 beside it; booleans mean the same.
             box: (4,) x0 y0 x1 y1. Not in SAM: (N, 4) without points and mask, N prompts, also where N is 0 or 1.
             mask_input: (1, 256, 256), the logits of an earlier prediction.
             multimask_output: whether to give three masks (C = 3) instead of one (C = 1).
@@ -164,11 +158,8 @@ class Predictor:
 
         Returns:
             Masks (C, H, W) bool; predicted IoU (C,) float32; logits (C, 256, 256) float32. With boxes (N, 4) each has
-            one axis more, N, in front.
-
-        Raises:
-            RuntimeError: no image is set.
-            ValueError: no prompt, or one that `check_boxes` or `check_points` refuses.
+            one axis more, N, in front. RuntimeError where no image is set, ValueError for prompts that `check_boxes`
+            or `check_points` refuses, and for none.
         """
         self.get_image_embedding()
         frame, boxes, points, labels = (*self.original_size, self.model.image_size), None, None, None
@@ -195,8 +186,8 @@ class Predictor:
         embedding, points = self.get_image_embedding(), None
         prompts = [prompt for prompt in (point_coords, point_labels, boxes, mask_input) if prompt is not None]
         if len({len(prompt) for prompt in prompts}) != 1 or (point_coords is None) != (point_labels is None):
-            raise ValueError("prompts: expected as many boxes as masks and as sets of points with labels, found "
-                             + (", ".join(str(tuple(prompt.shape)) for prompt in prompts) or "none"))
+            raise ValueError("prompts: expected as many boxes as masks and as sets of points with labels, found shapes "
+                             f"{[tuple(prompt.shape) for prompt in prompts]}")
         if not all(prompt.isfinite().all() for prompt in prompts):
             raise ValueError("prompts: expected finite numbers")
         if boxes is not None:                # checked as pixels of the image, without the rounding of float32

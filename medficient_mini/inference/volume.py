@@ -34,11 +34,9 @@ def segment_volume(model, volume: ndarray, boxes: ndarray, drawn_slice: ndarray 
         model: what `load_model` returns.
         volume: uint8 (D, H, W) or (D, H, W, 3).
         boxes: (N, 6) x0 y0 z0 x1 y1 z1 in its voxels, all inclusive.
-        drawn_slice: int (N,), the slices that the boxes were drawn on, where the objects are largest; None: the
-            middle ones.
+        drawn_slice: int (N,), the slices the boxes were drawn on, where the objects are largest; None: the middle.
         propagation: "sections", see `segment_sections`, or "published", see `propagate`.
-        overlap: one of OVERLAPS, who gets a voxel that several objects claim: see `compose`. "published" always
-            gives it to the later box.
+        overlap: who gets a voxel that several objects claim, see `compose`; as published, always the later box.
         cache_mb: with "published", the most memory that embeddings may take, in MB.
         progress: called as progress(done, total) after each slice.
         should_stop: called without arguments before each slice; where it returns true, Stopped is raised.
@@ -47,7 +45,6 @@ def segment_volume(model, volume: ndarray, boxes: ndarray, drawn_slice: ndarray 
 
     Raises:
         ValueError: one line, for another volume or option, or boxes that `check_boxes` refuses.
-        Stopped: as `should_stop` wanted.
     """
     volume = checked_pixels(volume, 3)
     boxes = checked_boxes(boxes, volume.shape[:3])
@@ -80,11 +77,9 @@ def watched(visits: list, progress, should_stop):
 
 
 def segment_sections(found: Composition, model, volume, boxes, drawn, overlap, watch) -> None:
-    """Segment every slice on its own, from the prompts of `section_boxes`.
+    """Segment every slice on its own, from the prompts of `section_boxes`, and clip its masks to the given boxes.
 
-    A person's box bounds the object in every slice, and an object narrows towards its ends: hence the sections. The
-    masks are clipped to the given box. No slice depends on another, so nothing drifts, and a slice where the network
-    sees nothing stays empty.
+    No slice depends on another, so nothing drifts, and a slice where the network sees nothing stays empty.
     """
     frame = (*volume.shape[1:3], model.image_size)
     first, last, flat = boxes[:, 2], boxes[:, 5], boxes[:, [0, 1, 3, 4]]
@@ -103,8 +98,9 @@ def visits(slices, first: ndarray, last: ndarray) -> list[tuple[int, ndarray]]:
 def section_boxes(boxes: ndarray, z: int, drawn_slice: ndarray | None = None) -> ndarray:
     """Make the prompts (N, 4) x0 y0 x1 y1 on slice z of boxes (N, 6) that reach it, float64 in pixels of the volume.
 
-    Each is midway between the given box and the box round the cross-section at z of the ellipsoid inscribed in it:
-    two halves of different height where `drawn_slice`, the slice of the largest section, is not the middle one.
+    A person's box bounds the object in every slice, and an object narrows towards its ends. So each is midway between
+    the given box and the section at z of the ellipsoid inscribed in it: two halves of different height where
+    `drawn_slice`, the slice of the largest section, is not the middle one.
     """
     first, last = boxes[:, 2], boxes[:, 5]
     largest = (first + last) / 2 if drawn_slice is None else drawn_slice

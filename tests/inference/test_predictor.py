@@ -1,16 +1,19 @@
 """Images through the pipeline with a stand-in network, and `Predictor` beside `segment_anything.SamPredictor`."""
 import inspect
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from fakes import PARITY, BrightSam, deterministic_sam, squares
+from fakes import PARITY, BrightSam, squares
 
 from medficient_mini.inference import predictor as module
+from medficient_mini.inference.checkpoint import NoRandomStart, load_strictly
 from medficient_mini.inference.geometry import SAM_MEAN, SAM_STD, sam_input
 from medficient_mini.inference.predictor import Predictor, decode, segment_image
+from medficient_mini.nets.sam import build_sam
 
 IMAGE = np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8)
 BOXES = np.array([[5., 5, 60, 50], [30, 20, 110, 80], [70, 5, 100, 85]])
@@ -109,12 +112,19 @@ def test_predictors_in_threads_and_a_shared_model():
 
 @cache
 def sam_pair():
-    """(our Predictor, SamPredictor) with the same deterministic ViT-B weights and the same image set."""
+    """(our Predictor, SamPredictor) with the same weights and image: ViT-B, its encoder of 3 blocks instead of 12."""
     package = pytest.importorskip("segment_anything", reason="optional package segment-anything is not installed")
     if not PARITY.is_dir():
         pytest.skip(f"recorded weights absent: {PARITY}")
-    model = deterministic_sam("medsam_vit_b", 7)
-    theirs = package.sam_model_registry["vit_b"]()
+    with torch.device("meta"), NoRandomStart():
+        model = build_sam("medsam_vit_b").eval()
+    model.image_encoder.blocks = model.image_encoder.blocks[:3]              # two with windows, one without
+    sys.path.insert(0, str(PARITY))
+    import weights
+    state = weights.fill({key: value.shape for key, value in model.state_dict().items()}, 7)
+    load_strictly(model, {key: torch.from_numpy(np.asarray(value)) for key, value in state.items()}, PARITY)
+    from segment_anything.build_sam import _build_sam
+    theirs = _build_sam(768, 3, 12, [2])
     theirs.load_state_dict(model.state_dict(), strict=False)
     image = np.zeros((600, 1024, 3), np.uint8)            # as long as the input: torchvision's resizing plays no part
     image[100:400, 200:700] = np.random.default_rng(1).integers(50, 255, (300, 500, 3))
