@@ -1,7 +1,7 @@
 """All pictures: overlays, contact sheets, ground truth beside prediction, training curves. OpenCV only.
 
-Images are uint8, grey (H, W) or RGB (H, W, 3); pictures come back as RGB uint8 (H', W', 3); `save_png` writes them.
-Label i has the same colour in every picture, and so has box i - 1, from which label i was made.
+Images are uint8, grey (H, W) or RGB (H, W, 3), labels integers (H, W), 0 the background; boxes hold their corner
+pixels. Pictures are RGB uint8 (H', W', 3). Label i and box i - 1, from which it was made, have one colour everywhere.
 """
 import math
 
@@ -17,26 +17,15 @@ WHITE, BLACK, BLUE = (255, 255, 255), (0, 0, 0), (30, 90, 200)
 
 
 def overlay(image: np.ndarray, segs: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Draw translucent masks, their contours and the boxes on the image, at least 512 pixels long.
-
-    Args:
-        image: uint8 (H, W) or (H, W, 3).
-        segs: integer labels (H, W), 0 background.
-        boxes: (N, 4) x_min, y_min, x_max, y_max in pixels, corner pixels included, box i - 1 in the colour of label i.
-    """
+    """Draw translucent masks, their contours and boxes (N, 4) x0 y0 x1 y1 on the image, at least 512 pixels long."""
     scale = max(1, math.ceil(SMALLEST / max(image.shape[:2])))
     return panel(image, segs, boxes, scale, fill=0.35)
 
 
 def contact_sheet(volume: np.ndarray, segs: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Draw up to 12 slices of a volume as `overlay` does, four in a row, the slice number in the corner.
+    """Draw up to 12 slices of a volume (D, H, W[, 3]) as `overlay` does, four in a row, with their numbers.
 
-    The slices are spread evenly over those that hold a label or a box, over all where none does.
-
-    Args:
-        volume: uint8 (D, H, W) or (D, H, W, 3).
-        segs: integer labels (D, H, W).
-        boxes: (N, 6) x_min, y_min, z_min, x_max, y_max, z_max, all inclusive; drawn on the slices they reach.
+    They are spread evenly over those that hold a label or a box (N, 6) x0 y0 z0 x1 y1 z1, over all where none does.
     """
     used = [*np.flatnonzero(segs.any((1, 2))), *boxes[:, [2, 5]].ravel()] or [0, len(segs) - 1]
     tiles = []
@@ -51,24 +40,21 @@ def contact_sheet(volume: np.ndarray, segs: np.ndarray, boxes: np.ndarray) -> np
 def compare_row(image: np.ndarray, gts: np.ndarray, segs: np.ndarray, caption: str) -> np.ndarray:
     """Draw image, ground truth contours and prediction contours side by side, 960 wide (MedficientSAM, Fig. 2).
 
-    Args:
-        image: uint8 (H, W) or (H, W, 3).
-        gts, segs: integer labels (H, W).
-        caption: a line above, cut where it is longer than the row.
+    The caption is a line above, cut where it is longer than the row.
     """
     panels = []
     for name, labels in (("image", np.zeros_like(gts)), ("ground truth", gts), ("prediction", segs)):
         panels.append(panel(image, labels, (), TILE / image.shape[1]))
         write(panels[-1], name, 4, len(panels[-1]) - 6, 0.4)
     row = np.pad(np.hstack(panels), ((24, 0), (0, 0), (0, 0)), constant_values=255)
-    write(row, caption, 4, 17, 0.45, BLACK, outline=None)
+    write(row, caption, 4, 17, 0.45, BLACK)
     return row
 
 
 def curves(columns: dict[str, list[float]], xs: list[float], path) -> None:
     """Save a PNG with a panel for each column over the steps `xs`, three in a row: its name, its range and its line.
 
-    columns: name -> one number per entry of xs; NaN where there is none (the points beside it are joined).
+    A column has one number per entry of xs, NaN where there is none (the points beside it are joined).
     """
     panels = []
     for name, values in columns.items():
@@ -76,32 +62,28 @@ def curves(columns: dict[str, list[float]], xs: list[float], path) -> None:
         x, y = np.array(xs)[known], np.array(values)[known]
         picture = np.full((300, 520, 3), 255, np.uint8)
         cv2.rectangle(picture, (20, 40), (500, 260), BLACK, 1)
-        write(picture, f"step {xs[0]} to {xs[-1]}", 20, 280, 0.42, BLACK, outline=None)
+        write(picture, f"step {xs[0]} to {xs[-1]}", 20, 280, 0.42, BLACK)
         if len(y):
             name += f": {y.min():.4g} to {y.max():.4g}, at the end {y[-1]:.4g}"
             across = np.interp(x, [xs[0], xs[-1]], [20, 500])
             down = np.interp(y, [y.min(), y.max()], [260, 40])
             points = np.stack([across, down], 1).round().astype(np.int32)
             cv2.polylines(picture, [points], False, BLUE, 2, cv2.LINE_AA)
-        write(picture, name, 20, 26, 0.5, BLACK, outline=None)
+        write(picture, name, 20, 26, 0.5, BLACK)
         panels.append(picture)
     save_png(path, sheet(panels, 3))
 
 
 def save_png(path, picture: np.ndarray) -> None:
-    """Write RGB uint8 (H, W, 3) as a PNG file, whole or not at all; makes the folder. OSError if it fails."""
+    """Write a picture as a PNG file, whole or not at all; makes the folder. OSError if it fails."""
     with whole_file(path) as temporary:
         temporary.write_bytes(cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1])
 
 
 def panel(image, segs, boxes, scale: float, fill: float = 0.0) -> np.ndarray:
-    """One picture: `image` scaled by `scale`, contours of `segs`, their areas tinted by `fill` (0 … 1), boxes.
-
-    boxes: (N, 4) in pixels of `image`, corner pixels included; a row with NaN is left out.
-    """
+    """Draw the image scaled by `scale`, contours of `segs`, their areas tinted by `fill` (0 … 1), boxes without NaN."""
     height, width = (max(1, round(n * scale)) for n in image.shape[:2])
-    smooth = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    picture = cv2.resize(image, (width, height), interpolation=smooth)
+    picture = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
     if picture.ndim == 2:
         picture = cv2.cvtColor(picture, cv2.COLOR_GRAY2RGB)
     labels = cv2.resize(segs.astype(np.uint16), (width, height), interpolation=cv2.INTER_NEAREST)
@@ -131,12 +113,11 @@ def contours(labels, thickness: int) -> np.ndarray:
     return (labels > 0) & (cv2.morphologyEx(labels, cv2.MORPH_GRADIENT, kernel) > 0)       # greatest minus smallest
 
 
-def write(picture, text: str, x: int, y: int, size: float, colour=WHITE, outline=BLACK) -> None:
-    """`text` at the baseline point x, y; with an outline it reads on any background."""
+def write(picture, text: str, x: int, y: int, size: float, colour=WHITE) -> None:
+    """Write text at the baseline point x, y, outlined in black or white so that it reads on any background."""
     text = text.encode(errors="backslashreplace").decode()                     # OpenCV crashes on a half character
-    for ink, thickness in ((outline, 3), (colour, 1)):
-        if ink is not None:
-            cv2.putText(picture, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, size, ink, thickness, cv2.LINE_AA)
+    for ink, thickness in ((WHITE if colour == BLACK else BLACK, 3), (colour, 1)):
+        cv2.putText(picture, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, size, ink, thickness, cv2.LINE_AA)
 
 
 def sheet(pictures: list[np.ndarray], columns: int) -> np.ndarray:

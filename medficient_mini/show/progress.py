@@ -10,11 +10,6 @@ class ProgressBar:
     """Iterate and report how far the loop is and how long it will take: `for x in ProgressBar(items, total, "label")`.
 
     The last state is always reported, also when the loop is left early.
-
-    Args:
-        iterable: anything that a for loop takes.
-        total: number of items.
-        label: what is being done.
     """
 
     def __init__(self, iterable, total: int, label: str):
