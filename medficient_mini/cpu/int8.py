@@ -10,9 +10,9 @@ convolution (signed 8-bit weights) writes codes, GELU is a table of their 256 va
 float32 and adds the residual. What flows between the blocks and every other layer stay in float.
 
 Images differ in the size of their activations by a factor of thirty (colour against grey), so no fixed range serves
-all. Each block therefore measures the largest absolute value m of its input, and its ranges are multiples of m. These
-multiples are the calibration, saved beside the weights under the block's name in the state dict: `<block>.input` (1,),
-the input's range being ± that, and `<block>.<layer>` (2,), the lowest and highest value before each GELU.
+all. Each block measures the largest absolute value m of its input, and its ranges are multiples of m: the
+calibration, saved beside the weights, the block's name before each key. `<block>.input` (1,) says that the input's
+range is ± that, `<block>.<layer>` (2,) the lowest and highest value before each GELU; layers stand in their order.
 """
 import argparse
 import sys
@@ -41,8 +41,6 @@ FRACTIONS = np.linspace(1.0, 0.2, 17)          # candidate clipping points, as f
 Scale = tuple[float, int]            # step and zero of codes: value = (code - zero) · step
 
 
-# ---------------------------------------------------------------------------------------------------- codes and GELU
-
 def gelu(x: np.ndarray) -> np.ndarray:
     """GELU by the tanh formula, as nets/efficientvit.py has it."""
     return F.gelu(torch.from_numpy(x), approximate="tanh").numpy()
@@ -63,24 +61,16 @@ def gelu_table(step: float, zero: int) -> tuple[np.ndarray, Scale]:
 
 
 def as_rows(x: Tensor) -> np.ndarray:
-    """A map (B, C, H, W) as a matrix (B·H, W·C) for OpenCV: its own memory if channels-last, else a copy."""
-    B, C, H, W = x.shape
-    return x.permute(0, 2, 3, 1).reshape(B * H, W * C).numpy()
-
-
-def as_map(rows: np.ndarray, shape: torch.Size) -> Tensor:
-    """The inverse of `as_rows`, without a copy: a channels-last map of `shape` (B, C, H, W)."""
-    B, C, H, W = shape
-    return torch.from_numpy(rows).reshape(B, H, W, C).permute(0, 3, 1, 2)
+    """A channels-last map (B, C, H, W) as a matrix (B·H·W, C) for OpenCV, in the same memory."""
+    return x.permute(0, 2, 3, 1).view(-1, x.shape[1]).numpy()
 
 
 def quantize(x: Tensor, step: float, zero: int) -> Tensor:
-    """A float32 map (B, C, H, W) -> its codes, uint8 of the same shape, rounded and saturated in one pass."""
-    rows = as_rows(x)
-    return as_map(cv2.addWeighted(rows, 1 / step, rows, 0.0, float(zero), dtype=cv2.CV_8U), x.shape)
+    """A channels-last float32 map -> its codes, uint8 of the same shape, rounded and saturated in one pass."""
+    codes, rows = torch.empty_like(x, dtype=torch.uint8), as_rows(x)
+    cv2.addWeighted(rows, 1 / step, rows, 0.0, float(zero), dst=as_rows(codes), dtype=cv2.CV_8U)
+    return codes
 
-
-# -------------------------------------------------------------------------------------------------- what is run
 
 class QuantizedConv(nn.Module):
     """One convolution (with its batch norm) on codes."""
@@ -94,37 +84,30 @@ class QuantizedConv(nn.Module):
         self.zeros = torch.zeros(len(self.bias), dtype=torch.int32)
 
     def forward(self, x: Tensor, source: Scale, target: Scale | None = None, residual: Tensor | None = None) -> Tensor:
-        """Convolve codes.
+        """Convolve codes (B, inputs, H, W) uint8, channels-last, of scale `source`: (B, outputs, H/stride, W/stride).
 
-        Args:
-            x: codes (B, inputs, H, W) uint8, channels-last, of scale `source`.
-            target: scale of the codes to write; None writes float32.
-            residual: with `target` None, a float32 channels-last map to which the result is added, in its memory.
-        Returns:
-            (B, outputs, H/stride, W/stride) uint8 or float32.
+        Writes uint8 codes of scale `target`; where that is None, float32, in the memory of a `residual` (float32,
+        channels-last) to which the result is added.
         """
         weight = self.weight
         if not weight.is_mkldnn:                   # oneDNN's best order of the weights depends on the size of the map
             weight = self.weight = torch.ops.onednn.qconv_prepack(
                 weight, self.scales, 1.0, 0, *self.geometry, list(x.shape))
-        inputs = (x, *source, weight, self.scales, self.zeros)
-        step, zero = target or (1.0, 0)
-        kind = torch.float32 if target is None else torch.uint8
-        if residual is None:
-            return torch.ops.onednn.qconv2d_pointwise(
-                *inputs, self.bias, *self.geometry, step, zero, kind, "none", [], "")
-        return torch.ops.onednn.qconv2d_pointwise.binary(
-            *inputs, residual, self.bias, *self.geometry, step, zero, kind, 1.0, 0, "sum", 1.0, "none", [], "")
+        convolve, addend, how = torch.ops.onednn.qconv2d_pointwise, [], []
+        if residual is not None:
+            convolve, addend, how = convolve.binary, [residual], [1.0, 0, "sum", 1.0]
+        output = (1.0, 0, torch.float32) if target is None else (*target, torch.uint8)
+        return convolve(x, *source, weight, self.scales, self.zeros, *addend, self.bias, *self.geometry, *output, *how,
+                        "none", [], "")
 
 
 class QuantizedBlock(nn.Module):
     """A Residual of nets/efficientvit.py with its MBConv or fused MBConv block in 8 bits."""
 
-    def __init__(self, plain: Residual, ranges: dict[str, Tensor]):
-        """`ranges`: the block's part of the calibration, by "input" and the names of its layers."""
+    def __init__(self, plain: Residual, ranges: list[list[float]]):
+        """`ranges`: the block's part of the calibration, in its order."""
         super().__init__()
-        self.shortcut, self.extent = plain.shortcut, ranges["input"].item()
-        self.ranges = [ranges[name].tolist() for name, layer in plain.main.named_children() if layer.act is not None]
+        self.shortcut, ((self.extent,), *self.ranges) = plain.shortcut, ranges
         self.convs = nn.ModuleList(QuantizedConv(layer) for layer in plain.main.children())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,10 +118,9 @@ class QuantizedBlock(nn.Module):
         y = quantize(x, *scale)
         for conv, (lowest, highest) in zip(self.convs, self.ranges):
             before = scale_of(max(lowest * m, LOWEST), highest * m)
-            y = conv(y, scale, before)
-            table, scale = gelu_table(*before)
-            rows = as_rows(y)
-            y = as_map(cv2.LUT(rows, table, dst=rows), y.shape)    # what LUT returns counts, be `rows` a copy or not
+            y = conv(y, scale, before).contiguous(memory_format=torch.channels_last)
+            rows, (table, scale) = as_rows(y), gelu_table(*before)
+            cv2.LUT(rows, table, dst=rows)
         return self.convs[-1](y, scale, residual=x if self.shortcut else None)
 
 
@@ -150,88 +132,83 @@ def quantized_blocks(encoder: EfficientViTSam) -> dict[str, nn.Module]:
 def swap_blocks(encoder: EfficientViTSam, calibration: dict[str, Tensor]) -> None:
     """Put QuantizedBlocks, in place and by name, where `encoder` has the residuals around its quantized blocks."""
     for name in quantized_blocks(encoder):
-        ranges = {key.rpartition(".")[2]: value for key, value in calibration.items() if key.startswith(f"{name}.")}
+        ranges = [value.tolist() for key, value in calibration.items() if key.startswith(f"{name}.")]
         residual = name.removesuffix(".main")
         encoder.set_submodule(residual, QuantizedBlock(encoder.get_submodule(residual), ranges))
 
 
-# ------------------------------------------------------------------------------------------------------- calibration
-
 class Observer:
-    """Watches one activation over the calibration images and finds the range of 8 bits that loses least.
+    """Watches what goes into a module over the calibration images and finds the range of 8 bits that loses least.
 
     `entry` is the observer of the block's input, whose largest absolute value m is the unit of all ranges; None for
     that observer itself. Others watch what goes into GELU: errors count after it, and values below LOWEST not at all.
     """
 
-    def __init__(self, entry: "Observer | None" = None):
+    def __init__(self, module: nn.Module, entry: "Observer | None" = None):
         self.entry, self.floor = entry, LOWEST if entry else -np.inf
         self.seen = []               # of each image: m, the centres of the bins (BINS,), the values in each (BINS,)
+        self.hook = module.register_forward_pre_hook(self.count)
 
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor]) -> None:
-        """Count a random sample of what goes into `module`, a tensor of any shape: a forward pre-hook."""
-        values = inputs[0].reshape(-1)
+    def count(self, module: nn.Module, inputs: tuple[Tensor]) -> None:
+        """Count a random sample of what goes into the module, a tensor of any shape."""
+        values = inputs[0].flatten()
         m = self.entry.seen[-1][0] if self.entry else max(values.abs().max().item(), 1e-6)
         sample = values[torch.randint(len(values), (SAMPLES,))].clamp(min=self.floor)
         counts, edges = np.histogram(sample.numpy(), BINS)
         self.seen.append((m, (edges[1:] + edges[:-1]) / 2, counts))
 
     def loss(self, low: float, high: float) -> float:
-        """Squared error of codes over low · m … high · m relative to the true values' squares, mean over the images."""
+        """Squared error of codes over low · m … high · m relative to the values' squares, summed over the images."""
         after, total = gelu if self.entry else np.asarray, 0.0
         for m, values, counts in self.seen:
             step, zero = scale_of(max(low * m, self.floor), high * m)
-            codes = np.clip(np.round(values / step) + zero, 0, 255)
-            true = after(values)
+            codes, true = np.clip(np.round(values / step) + zero, 0, 255), after(values)
             error = after((codes - zero) * step) - true
-            total += (counts * error**2).sum() / max((counts * true**2).sum(), 1e-12)
-        return total / len(self.seen)
+            total += counts @ error**2 / max(counts @ true**2, 1e-12)
+        return total
 
-    def best_range(self) -> Tensor:
-        """The range of least loss, in multiples of m: (1,) for a block's input (± that), else (2,) lowest, highest."""
+    def best_range(self) -> list[float]:
+        """The range of least loss, in multiples of m: ± one number for a block's input, else lowest and highest."""
         if self.entry is None:
-            return torch.tensor([min(FRACTIONS, key=lambda f: self.loss(-f, f))], dtype=torch.float32)
+            return [min(FRACTIONS, key=lambda f: self.loss(-f, f))]
         lowest = min(values[0] / m for m, values, _ in self.seen)
-        highest = max(1e-3, *(values[-1] / m for m, values, _ in self.seen))
+        highest = max(values[-1] / m for m, values, _ in self.seen)
         high = min(FRACTIONS, key=lambda f: self.loss(lowest, f * highest)) * highest
         low = min(FRACTIONS, key=lambda f: self.loss(f * lowest, high)) * lowest    # the two ends hardly interact
-        return torch.tensor([low, high], dtype=torch.float32)
+        return [low, high]
 
 
 @torch.inference_mode()
 def calibrate(encoder: EfficientViTSam, inputs: list[Tensor]) -> dict[str, Tensor]:
     """The activation ranges of a float encoder over network inputs (1, 3, S, S); see the module for their names."""
     torch.manual_seed(0)                                       # of the samples that observers take
-    observers, hooks = {}, []
+    observers = {}
     for name, block in quantized_blocks(encoder).items():
-        entry = observers[f"{name}.input"] = Observer()
-        hooks.append(block.register_forward_pre_hook(entry))
+        entry = observers[f"{name}.input"] = Observer(block)
         for child, layer in block.named_children():
             if layer.act is not None:
-                observers[f"{name}.{child}"] = Observer(entry)
-                hooks.append(layer.act.register_forward_pre_hook(observers[f"{name}.{child}"]))
+                observers[f"{name}.{child}"] = Observer(layer.act, entry)
     for x in ProgressBar(inputs, len(inputs), "activation ranges"):
         encoder(x)
-    for hook in hooks:
-        hook.remove()
-    return {name: observer.best_range() for name, observer in observers.items()}
+    for observer in observers.values():
+        observer.hook.remove()
+    return {name: torch.tensor(observer.best_range(), dtype=torch.float32) for name, observer in observers.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------- command
+def network_inputs(folder: str, count: int, size: int) -> list[Tensor]:
+    """Network inputs (1, 3, size, size) of up to `count` cases of each modality, evenly spaced in the order of names.
 
-def choose_cases(folder: str | Path, count: int) -> list[Path]:
-    """Choose up to `count` cases of each modality in a folder, evenly spaced in the order of their names."""
-    groups: dict[str, list[Path]] = {}
+    Of a volume it is the middle slice.
+    """
+    groups, inputs = {}, []
     for path in list_cases(folder):
         groups.setdefault(modality_of(path.name), []).append(path)
-    return [group[i] for group in groups.values()
-            for i in np.linspace(0, len(group) - 1, min(count, len(group))).astype(int)]
-
-
-def network_input(path: Path, size: int) -> Tensor:
-    """The image of a case, of a volume its middle slice, as network input (1, 3, size, size)."""
-    case = read_case(path, need_boxes=False)
-    return to_network(case.volume[len(case.volume) // 2] if case.is_3d else case.image, size)[None]
+    for group in groups.values():
+        for i in np.linspace(0, len(group) - 1, min(count, len(group)), dtype=int):
+            case = read_case(group[i], need_boxes=False)
+            image = case.volume[len(case.volume) // 2] if case.is_3d else case.image
+            inputs.append(to_network(image, size)[None])
+    return inputs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -247,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
         model = load_model(arguments.weights, arguments.decoder_weights)
         if not isinstance(model.image_encoder, EfficientViTSam):
             raise ValueError(f"{arguments.weights}: int8: expected an EfficientViT network, found {model.name}")
-        inputs = [network_input(path, model.image_size) for path in choose_cases(arguments.input, arguments.count)]
+        inputs = network_inputs(arguments.input, arguments.count, model.image_size)
         atomic_torch_save({"network": model.name, "model": pack_state(model.state_dict()),
                            "calibration": calibrate(model.image_encoder, inputs)}, arguments.output)
     except (ValueError, OSError) as error:
