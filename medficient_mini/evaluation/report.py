@@ -44,12 +44,8 @@ def summarise(rows: list[dict]) -> dict[str, dict]:
 
 def means(rows) -> dict:
     """The number of rows, and the mean of each of their columns over those that have it, if any."""
-    table = {"cases": len(rows)}
-    for key in columns_of(rows):
-        values = [row[key] for row in rows if row.get(key) is not None]
-        if values:
-            table[key] = float(np.mean(values))
-    return table
+    columns = {key: [row[key] for row in rows if row.get(key) is not None] for key in columns_of(rows)}
+    return {"cases": len(rows)} | {key: float(np.mean(values)) for key, values in columns.items() if values}
 
 
 def modalities_of(rows) -> list[str]:

@@ -129,15 +129,14 @@ class Objects:
         (horizontally, vertically), `objects` (see `SliceCache.objects`) were not.
         """
         objects = np.array(objects, float).reshape(-1, 7)
-        values, boxes = objects[:, 0], objects[:, 1:]
-        boxes[:, [2, 5]] += np.array([-1, 1]) * (rng.integers(0, 2, (len(boxes), 2)) if labels.any() else 1)
-        here = rng.permutation(np.flatnonzero((boxes[:, 2] <= z) & (z <= boxes[:, 5])))[:self.count]
-        boxes = boxes[here]
+        objects[:, [3, 6]] += np.array([-1, 1]) * (rng.integers(0, 2, (len(objects), 2)) if labels.any() else 1)
+        here = rng.permutation(np.flatnonzero((objects[:, 3] <= z) & (z <= objects[:, 6])))[:self.count]
+        values, boxes = objects[here, 0], objects[here, 1:]
         boxes[:, [0, 1, 3, 4]] = self.loosen(boxes[:, [0, 1, 3, 4]], labels.shape, rng)
         prompts = section_boxes(boxes, z)
         for axis in np.flatnonzero(flip):
             prompts[:, [axis, axis + 2]] = labels.shape[1 - axis] - 1 - prompts[:, [axis + 2, axis]]
-        return self._targets(labels, values[here], prompts)
+        return self._targets(labels, values, prompts)
 
     def loosen(self, boxes, shape, rng, factor=1.0):
         """Move the sides of tight boxes (..., 4), x0 y0 x1 y1, in an image of shape (H, W) at random."""

@@ -88,13 +88,9 @@ def depth(case):
 
 def list_slices(cases, cache, labelled_only, strict=False):
     """List the slices of all cases in order, or those with a label alone; what cannot be read is as in `scan_cases`."""
-    def slices_of(case):
-        labelled = cache.objects(case)[0]
-        if not labelled_only and not case.has_gts:                             # then `objects` has read nothing
-            cache.image_and_labels(case)
-        return labelled if labelled_only else range(depth(case))
-
-    return [(index, z) for index, slices in _each(slices_of, cases, "reading cases", strict) for z in slices]
+    found = _each(cache.objects, cases, "reading cases", strict)               # which reads each file once
+    return [(index, z) for index, (labelled, _) in found
+            for z in (labelled if labelled_only else range(depth(cases[index])))]
 
 
 def with_neighbours(cases, slices):

@@ -47,18 +47,17 @@ class SliceCache:
 
         Corners are inclusive. The answer is kept in the folder, for asking all volumes takes minutes.
         """
-        if not case.has_gts:
-            return [], []
         path = self.folder / f"{file_key(case.path)}.json"
         with suppress(OSError, ValueError):
             return tuple(json.loads(path.read_text()))
         from scipy.ndimage import find_objects
 
-        labels = self._arrays(case)[1]
-        labels = labels.reshape(-1, *labels.shape[-2:])                        # (D, H, W)
-        slices = np.flatnonzero(labels.any((1, 2))).tolist()
-        boxes = [[label, *(axis.start for axis in place[::-1]), *(axis.stop - 1 for axis in place[::-1])]
-                 for label, place in enumerate(find_objects(labels), 1) if place]
+        arrays, slices, boxes = self._arrays(case), [], []
+        if case.has_gts:
+            labels = arrays[1].reshape(-1, *arrays[1].shape[-2:])              # (D, H, W)
+            slices = np.flatnonzero(labels.any((1, 2))).tolist()
+            boxes = [[label, *(axis.start for axis in place[::-1]), *(axis.stop - 1 for axis in place[::-1])]
+                     for label, place in enumerate(find_objects(labels), 1) if place]
         with suppress(OSError), whole_file(path) as temporary:                 # a full disk costs speed, not the run
             temporary.write_text(json.dumps([slices, boxes]))
         return slices, boxes
