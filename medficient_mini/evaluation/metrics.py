@@ -78,14 +78,10 @@ def as_masks(gt, seg):
 
 def near_share(gt, seg, spacing_mm, tolerance_mm, sizes):
     """The NSD of two bool masks with two or three axes; `sizes` holds the size of the surfel of each code."""
-    from scipy.ndimage import find_objects
     from scipy.spatial import cKDTree
-    used = find_objects((gt | seg).view(np.uint8))
-    if not used:
-        return float("nan")
-    surfaces = [surfels(mask[used[0]], sizes) for mask in (gt, seg)]
-    near = 0.0
+    surfaces, near, total = [surfels(mask, sizes) for mask in (gt, seg)], 0.0, 0.0
     for (corners, areas), (others, _) in (surfaces, surfaces[::-1]):
+        total += areas.sum()
         if len(others):
             tree = cKDTree(others * spacing_mm)
             distances, nearest = tree.query(corners * spacing_mm, distance_upper_bound=tolerance_mm + 1e-6)
@@ -93,7 +89,7 @@ def near_share(gt, seg, spacing_mm, tolerance_mm, sizes):
             # Whole steps first, then mm, as the challenge's distance transform rounds.
             steps_mm = (corners[found] - others[nearest[found]]) * spacing_mm
             near += areas[found][np.sqrt((steps_mm ** 2).sum(1)) <= tolerance_mm].sum()
-    return float(near / sum(areas.sum() for _, areas in surfaces))
+    return float(near / total) if total else float("nan")
 
 
 def surfels(mask, sizes):

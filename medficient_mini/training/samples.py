@@ -100,8 +100,8 @@ class SliceDataset(torch.utils.data.Dataset):
             mode = "none"
         elif self.photometric:
             image = photometric(image, rng)
-        can_use = self.in_use and self.objects and case.is_3d and case.has_gts
-        in_use = can_use and (rng.random() < self.in_use or not is_labelled)
+        in_use = (self.in_use and self.objects and case.is_3d and case.has_gts
+                  and (rng.random() < self.in_use or not is_labelled))
         if in_use and mode == "full":                                          # boxes of a volume cannot be rotated
             mode = "flips"
         limit = max(self.network_input[0], self.teacher_input[0] if self.teacher_input else 0)
