@@ -21,7 +21,7 @@ import torch
 from medficient_mini.cpu.fast import PRECISIONS
 from medficient_mini.files import first_line
 from medficient_mini.inference.checkpoint import load_model
-from medficient_mini.inference.compose import OVERLAPS, lost_objects
+from medficient_mini.inference.compose import OVERLAPS
 from medficient_mini.inference.names import show_any_name
 from medficient_mini.inference.npz import list_cases, read_case, read_labels
 from medficient_mini.inference.predictor import segment_image
@@ -35,42 +35,36 @@ from medficient_mini.userfiles.prompts import (add_prompt_options, check_prompts
 from medficient_mini.userfiles.results import made_with, mask_file, show, what_changed, what_decides, write
 
 
-
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-i", "--input", required=True, type=Path,
-                        help="folder of NPZ cases, pictures or NIfTI files, or one")
-    parser.add_argument("-o", "--output", required=True, type=Path, help="folder for the masks")
-    parser.add_argument("--weights", help="checkpoint file, or lite_medsam (default: the package's own weights)")
-    parser.add_argument("--decoder-weights", help="checkpoint whose prompt encoder and decoder join a bare encoder")
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto",
-                        help="auto: bf16 where the CPU has it, else f32; int8 needs the default weights or a file "
-                             "of medficient_mini.cpu.int8")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--overlay", type=Path, metavar="DIR", help="also write a picture of each case there")
-    parser.add_argument("--separate", action="store_true",
-                        help="also write each object's own mask where objects overlap (`masks`, of volumes `bits`)")
-    parser.add_argument("--overwrite", action="store_true", help="compute finished cases again")
-    parser.add_argument("--part", metavar="K/N", help="every N-th case from the K-th (torchrun: taken from its rank)")
-    parser.add_argument("--propagation", choices=PROPAGATIONS, default=PROPAGATIONS[0],
-                        help="volumes: prompt every slice with a section of the given box (default), or the middle one "
-                             "and follow the masks as published")
-    parser.add_argument("--overlap", choices=OVERLAPS, default=OVERLAPS[0],
-                        help="a pixel that several objects claim goes to the one inside another, else to the higher "
-                             "logit (default); always to the higher logit; or to the later box as published")
-    parser.add_argument("--cache-mb", type=float, default=1024, help="MB of embeddings kept by --propagation published")
-    parser.add_argument("--z-exclusive", action="store_true",
-                        help="z_max of a volume's box is the slice after the last (the MedficientSAM authors' reading)")
+    add = parser.add_argument
+    add("-i", "--input", required=True, type=Path, help="folder of NPZ cases, pictures or NIfTI files, or one")
+    add("-o", "--output", required=True, type=Path, help="folder for the masks")
+    add("--weights", help="checkpoint file, or lite_medsam (default: the package's own weights)")
+    add("--decoder-weights", help="checkpoint whose prompt encoder and decoder join a bare encoder")
+    add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 where the CPU has it, else f32; int8 needs "
+        "the default weights or a file of medficient_mini.cpu.int8")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, …")
+    add("--threads", type=int, help="CPU threads (default: torch's choice)")
+    add("--overlay", type=Path, metavar="DIR", help="also write a picture of each case there")
+    add("--separate", action="store_true",
+        help="also write each object's own mask where objects overlap (`masks`, of volumes `bits`)")
+    add("--overwrite", action="store_true", help="compute finished cases again")
+    add("--part", metavar="K/N", help="every N-th case from the K-th (torchrun: taken from its rank)")
+    add("--propagation", choices=PROPAGATIONS, default=PROPAGATIONS[0], help="volumes: prompt every slice with a "
+        "section of the given box (default), or the middle one and follow the masks as published")
+    add("--overlap", choices=OVERLAPS, default=OVERLAPS[0], help="a pixel that several objects claim goes to the one "
+        "inside another, else to the higher logit (default); always to the higher logit; or to the later box as "
+        "published")
+    add("--cache-mb", type=float, default=1024, help="MB of embeddings kept by --propagation published")
+    add("--z-exclusive", action="store_true",
+        help="z_max of a volume's box is the slice after the last (the MedficientSAM authors' reading)")
     add_prompt_options(parser)
     return parser.parse_args(argv)
 
 
 def share_of(part: str | None) -> tuple[int, int]:
-    """Return (k, n), counted from 0: this process does the cases k, k + n, k + 2n, …
-
-    Without --part the numbers are torchrun's. ValueError for anything but 1/3, 2/3 or 3/3.
-    """
+    """Return (k, n), counted from 0, for the cases k, k + n, k + 2n, …: of --part, else of torchrun. ValueError."""
     if part is None:
         return place_among_processes()[:2]
     k, n = map(int, part.split("/")) if re.fullmatch(r"\d+/\d+", part) else (0, 0)
@@ -80,9 +74,9 @@ def share_of(part: str | None) -> tuple[int, int]:
 
 
 def list_inputs(arguments) -> tuple[dict, list[str]]:
-    """Find the cases: {path: boxes}, where an NPZ case has None, and a line for each that cannot be done.
+    """Find the cases, {path: boxes}, where an NPZ case has None, and a line for each that cannot be done.
 
-    Nothing in the output folders is a case. ValueError where an output would replace an input or no case is found.
+    ValueError where an output would replace an input or no case is found.
     """
     source, output = arguments.input.resolve(), arguments.output.resolve()
     if output == (source if source.is_dir() else source.parent):
@@ -94,14 +88,14 @@ def list_inputs(arguments) -> tuple[dict, list[str]]:
             found, wrong = dict.fromkeys(list_cases(arguments.input)), []
         except ValueError as error:
             raise ValueError(f"{error} (pictures and volumes need --box, --boxes, --point or --pick)") from None
-    written = {output, (arguments.overlay or output).resolve()}
-    below = {folder for folder in written if source in folder.parents}
+    # Results of an earlier run are no cases.
+    below = {folder for folder in (output, (arguments.overlay or output).resolve()) if source in folder.parents}
     cases, stems = {}, {}
-    for path, boxes in found.items():
-        if below.isdisjoint(path.resolve().parents):                           # else the result of an earlier run
+    for path in found:
+        if below.isdisjoint(path.resolve().parents):
             first = stems.setdefault(stem_of(path), path)
             if first == path:
-                cases[path] = boxes
+                cases[path] = found[path]
             else:
                 wrong.append(f"{path}: name: expected one of its own, found {first} with the same result")
     return cases, wrong
@@ -112,7 +106,8 @@ def prepare(path: Path, boxes, decisive: dict, arguments):
 
     None where it is finished; its stored masks are drawn if a picture is wanted.
     """
-    origin, result = made_with(path, boxes, decisive), arguments.output / f"{stem_of(path)}.npz"
+    result = arguments.output / f"{stem_of(path)}.npz"
+    origin = made_with(path, boxes, decisive)
     mask = mask_file(path, arguments) if arguments.own_files else None
     reason = "new" if arguments.overwrite or arguments.pick else what_changed(origin, result, mask)
     if not reason and not arguments.overlay:
@@ -142,18 +137,19 @@ def segment(model, case, arguments, bar):
 
 def run(arguments) -> int:
     """Segment every case, while the next one is read; return how many failed or went without picture or time."""
+    start = time.perf_counter()
     cases, wrong = list_inputs(arguments)
     rank, world = share_of(arguments.part)
     paths = list(cases)[rank::world]
-    if world > 1 or "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+    if world > 1 or {"RANK", "WORLD_SIZE"} & os.environ.keys():
         print(f"part {rank + 1}/{world}: {len(paths)} of {len(cases)} cases")
     arguments.output.mkdir(parents=True, exist_ok=True)
     decisive = what_decides(arguments)
     for line in wrong:
         print(line, file=sys.stderr)
-    model, start, done, skipped, undecorated = None, time.perf_counter(), 0, 0, 0
     items = [(path, cases[path], decisive, arguments) for path in paths]
     bar = ProgressBar(ahead(prepare, items), len(items), "segmenting")
+    model, done, skipped, undecorated = None, 0, 0, 0
     for path, reading in bar:
         if model is None and not reading.exception() and reading.result():     # finished cases need no network
             model = load_model(arguments.weights, arguments.decoder_weights, arguments.device, arguments.precision)
@@ -205,13 +201,9 @@ def main(argv=None) -> int:
     show_any_name()
     arguments = parse_arguments(argv)
     try:
-        if arguments.threads is not None and arguments.threads < 1:
-            raise ValueError(f"--threads: expected a number above 0, found {arguments.threads}")
-        try:
-            torch.device(arguments.device)
-        except RuntimeError:
-            raise ValueError(f"--device: expected cpu, cuda, cuda:1, …, found {arguments.device}") from None
         if arguments.threads is not None:
+            if arguments.threads < 1:
+                raise ValueError(f"--threads: expected a number above 0, found {arguments.threads}")
             torch.set_num_threads(arguments.threads)
             cv2.setNumThreads(arguments.threads)
         check_prompts(arguments)

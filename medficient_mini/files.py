@@ -9,12 +9,8 @@ from pathlib import Path
 def list_files(path, suffixes: tuple[str, ...]) -> list[Path]:
     """Return the files with these endings in a folder and its subfolders, sorted, or the one file itself.
 
-    Linked folders are followed, each folder once. Hidden files are left out: they are half-written outputs, of ours
-    or of a copying tool. A subfolder that may not be read costs a line on stderr. Links to nothing count as files,
-    which fail in their own line when they are read.
-
-    Raises:
-        ValueError: there is no such file.
+    Linked folders are followed, each folder once. Hidden files are left out: they are half-written outputs. A
+    subfolder that may not be read costs a line on stderr. ValueError where there is no such file.
     """
     path, found, seen = Path(path), [], set()
     if path.is_file() and path.name.lower().endswith(suffixes):
@@ -27,29 +23,25 @@ def list_files(path, suffixes: tuple[str, ...]) -> list[Path]:
         print(f"{error.filename}: expected a folder to read, found: {error.strerror}", file=sys.stderr)
 
     for folder, subfolders, names in os.walk(path, onerror=complain, followlinks=True):
-        subfolders.sort()
-        if os.path.realpath(folder) in seen:             # a link back to where the walk has been
+        real = os.path.realpath(folder)
+        if real in seen:                                 # a link back to where the walk has been
             subfolders.clear()
-            continue
-        seen.add(os.path.realpath(folder))
-        found += [Path(folder, name) for name in names if name.lower().endswith(suffixes) and name[0] != "."]
-    found = sorted(file for file in found if file.is_file() or not file.exists())
+        else:
+            seen.add(real)
+            subfolders.sort()
+            found += [Path(folder, name) for name in names if name.lower().endswith(suffixes) and name[0] != "."]
     if not found:
         raise ValueError(f"{path}: expected files that end in {', '.join(suffixes)} in this folder, found none")
-    return found
+    return sorted(found)
 
 
 @contextmanager
 def whole_file(path):
     """Give a temporary Path beside `path` that becomes it when the block ends well and vanishes when it does not.
 
-    The folder is made if need be. The temporary name starts with a dot, which hides it from `list_files`, and ends as
-    `path` does, since some writers choose the format by it. It holds nothing else of the name, so that a name of the
-    greatest length can be written, and differs from call to call, so that threads may write the same path: the one
-    that ends last stays.
-
-    Raises:
-        OSError: nothing can be written there.
+    The folder is made if need be; OSError where that fails. The temporary name starts with a dot, which hides it from
+    `list_files`, and ends as `path` does, since some writers choose the format by it. It holds nothing else of the
+    name, which may have the greatest length already, and is new in each call: threads may write the same path.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
 """What this process runs on: its place among torchrun's processes, bfloat16 in the CPU, how glibc keeps memory."""
 import ctypes
 import os
+import re
+from pathlib import Path
 
 import torch
 
@@ -10,15 +12,15 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 def place_among_processes() -> tuple[int, int, int]:
     """Return this process's rank, the number of processes and its rank on this machine, as torchrun tells them.
 
-    They are 0, 1 and 0 unless all of torchrun's variables are set: RANK and WORLD_SIZE alone are left over from
-    something else. ValueError, one line, for a rank beyond the world and for what is no number.
+    0, 1 and 0 unless all of torchrun's variables are set: some alone are left over from something else. ValueError
+    for a rank beyond the world and for what is no number.
     """
     if not all(name in os.environ for name in TORCHRUN):
         return 0, 1, 0
-    rank, world, local = (os.environ[name] for name in TORCHRUN[:3])
-    if not (rank.isdecimal() and world.isdecimal() and local.isdecimal() and int(rank) < int(world)):
-        raise ValueError(f"RANK, WORLD_SIZE: expected 0 <= RANK < WORLD_SIZE, found {rank!r} and {world!r}")
-    return int(rank), int(world), int(local)
+    found = [os.environ[name] for name in TORCHRUN[:3]]
+    if not all(map(str.isdecimal, found)) or int(found[0]) >= int(found[1]):
+        raise ValueError(f"RANK, WORLD_SIZE: expected 0 <= RANK < WORLD_SIZE, found {found[0]!r} and {found[1]!r}")
+    return tuple(map(int, found))
 
 
 def native_bf16() -> bool:
@@ -26,17 +28,15 @@ def native_bf16() -> bool:
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     if any(getattr(torch.cpu, probe, bool)() for probe in probes):            # bool() is False
         return True
-    try:
-        with open("/proc/cpuinfo") as file:
-            return any(line.startswith("Features") and " bf16" in line for line in file)      # Arm's name for the flags
-    except OSError:
-        return False
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and re.search("^Features.* bf16", flags.read_text(), re.MULTILINE) is not None      # on Arm
 
 
 def keep_memory() -> None:
     """Keep freed memory, for training: to hand large buffers back and fault them in again costs a CPU step 15 %."""
-    for option, value in ((-3, 2 ** 30), (-1, 2 ** 31 - 1), (-2, 2 ** 28)):    # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
-        _glibc("mallopt", option, value)
+    _glibc("mallopt", -3, 2**30)                                 # M_MMAP_THRESHOLD
+    _glibc("mallopt", -1, 2**31 - 1)                             # M_TRIM_THRESHOLD
+    _glibc("mallopt", -2, 2**28)                                 # M_TOP_PAD
 
 
 def return_memory() -> None:
@@ -45,6 +45,7 @@ def return_memory() -> None:
 
 
 def _glibc(function: str, *arguments: int) -> None:
+    """Call a function of glibc, where that is the C library."""
     try:
         getattr(ctypes.CDLL(None), function)(*arguments)
     except (OSError, AttributeError, TypeError):
