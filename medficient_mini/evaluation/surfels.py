@@ -73,13 +73,12 @@ def polygons(segments: list) -> list:
     """Join segments, pairs of points, to closed loops of points; each point is in two of them."""
     loops = []
     while segments:
-        first, point = segments.pop()
-        loops.append([first])
-        while point != first:
-            loops[-1].append(point)
-            following = next(segment for segment in segments if point in segment)
+        loop = list(segments.pop())
+        while loop[-1] != loop[0]:
+            following = next(segment for segment in segments if loop[-1] in segment)
             segments.remove(following)
-            point = following[following[0] == point]                           # its other end
+            loop.append(following[following[0] == loop[-1]])                   # its other end
+        loops.append(loop[:-1])
     return loops
 
 
