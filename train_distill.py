@@ -9,9 +9,11 @@ The checkpoints hold the encoder alone: infer.py --weights runs/distill/best.pt 
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,56 +22,50 @@ from medficient_mini.inference.checkpoint import load_state, load_strictly, reso
 from medficient_mini.inference.geometry import to_network
 from medficient_mini.nets.sam import build_sam
 from medficient_mini.show.progress import ProgressBar
-from medficient_mini.training.augment import Objects
-from medficient_mini.training.losses import dice_loss, dsc, embedding_mse
-from medficient_mini.training.options import (VALIDATION, common_parser, draw_slices, modality_means, network_input,
-                                              read_data, run_script, single_batches, slices_of, train_task)
-from medficient_mini.training.samples import FLIPS, SliceDataset, embedding_path, save_embedding, writing
-from medficient_mini.training.trainer import read_last
+from medficient_mini.training.cases import list_slices
+from medficient_mini.training.losses import decode_boxes, dice_loss, dsc, embedding_mse
+from medficient_mini.training.options import (add_option, common_parser, draw_slices, modality_means, read_data,
+                                              run_script, single_batches)
+from medficient_mini.training.samples import FLIPS, embedding_path, save_embedding, writing
+from medficient_mini.training.trainer import Trainer, read_last
 
-LOGITS_SIZE = 256         # side of the mask decoder's output
 STATISTICS_SLICES = 128   # training slices from which the teacher's mean and variance are taken
 
 
 def parse_arguments(argv=None):
     parser = common_parser(__doc__, out="runs/distill", lr=0.075, weight_decay=5e-4, bs=2, schedule="plateau", boxes=2)
-    add = parser.add_argument_group("distillation").add_argument
-    add("--student", choices=("l0", "l1", "l2"), default="l1", help="default: %(default)s")
-    add("--init", metavar="FILE", help="start from this checkpoint's image encoder, e.g. of a run at a smaller --size")
-    add("--teacher", default="lite_medsam", metavar="FILE", help="checkpoint of any of the five networks, also of its "
-        "encoder alone, or lite_medsam (default; the paper's is MedSAM's medsam_vit_b.pth)")
-    add("--embeddings", metavar="DIR", help="keep the teacher's embeddings there (float16, 2 MB each; computed once, "
+    add = partial(add_option, parser.add_argument_group("distillation"))
+    add("--student", "l1", "size of the EfficientViT-SAM that learns", choices=("l0", "l1", "l2"))
+    add("--init", str, "start from this checkpoint's image encoder, e.g. of a run at a smaller --size")
+    add("--teacher", "lite_medsam", "checkpoint of any of the five networks, also of its encoder alone, or lite_medsam; "
+        "the paper's is MedSAM's medsam_vit_b.pth")
+    add("--embeddings", str, "keep the teacher's embeddings in this folder (float16, 2 MB each; computed once, "
         "restartable) and train without the teacher. With flips and no mask loss all four flipped versions are kept")
-    add("--embeddings-limit", type=int, metavar="N", help="compute it for at most N training slices, all "
-        "modalities served (0: use what is there); the other slices serve the mask loss alone")
-    add("--no-flips", dest="flips", action="store_false", help="no random flips")
-    add("--augment", action="store_true", help="also random shift, scale and rotation; such a sample has no cached "
-        "embedding, so with --embeddings it needs --mask-loss or --plain")
-    add("--plain", type=float, default=0.0, metavar="PART", help="leave this part of the samples unaugmented: they "
-        "keep the target of their cached embedding (default: 0)")
-    add("--start-from-statistics", action="store_true", help="the student's last norm starts from the teacher's "
-        "per-channel mean and standard deviation")
-    add("--embedding-loss", type=float, default=1.0, metavar="W", help="weight of the embedding error (default: 1)")
-    add("--mask-loss", type=float, default=0.0, metavar="W", help="weight of Dice + 4 * cross-entropy of masks through "
-        "the frozen decoder of --decoder-weights; the embedding error then counts in units of the teacher's variance")
-    add("--decoder-weights", metavar="FILE", help="prompt encoder and mask decoder for --mask-loss and the "
-        "validation's DSC (default: none)")
+    add("--embeddings-limit", int, "compute them for at most so many training slices, all modalities served (0: use "
+        "what is there); the other slices serve the mask loss alone")
+    add("--no-flips", True, "no random flips", dest="flips")
+    add("--augment", False, "also random shift, scale and rotation; such a sample has no cached embedding, so with "
+        "--embeddings it needs --mask-loss or --plain")
+    add("--plain", 0.0, "part of the samples left unaugmented: they keep the target of their cached embedding")
+    add("--start-from-statistics", False, "the student's last norm starts from the teacher's per-channel mean and "
+        "standard deviation")
+    add("--embedding-loss", 1.0, "weight of the embedding error")
+    add("--mask-loss", 0.0, "weight of Dice + 4 * cross-entropy of masks through the frozen decoder of "
+        "--decoder-weights; the embedding error then counts in units of the teacher's variance")
     return parser.parse_args(argv)
 
 
-# ---------------------------------------------------------------------------------------------- teacher and student
-
-def load_parts(model, path, *parts):
+def load_parts(model, weights, *parts):
     """Load the named parts of a network, strictly, from a checkpoint that may hold others too."""
+    path = resolve(weights)
     state = {key: value for key, value in load_state(path)[1].items() if key.split(".")[0] in parts}
     load_strictly(nn.ModuleDict({part: getattr(model, part) for part in parts}), state, path)
 
 
 def load_teacher(arguments, world):
     """The network of --teacher with its image encoder's weights; its decoder plays no part and keeps random ones."""
-    path = resolve(arguments.teacher)
-    teacher = build_sam(load_state(path)[0])
-    load_parts(teacher, path, "image_encoder")
+    teacher = build_sam(load_state(resolve(arguments.teacher))[0])
+    load_parts(teacher, arguments.teacher, "image_encoder")
     return world.to_device(teacher.eval().requires_grad_(False))
 
 
@@ -77,12 +73,26 @@ def build_student(arguments):
     """A student with random weights or those of --init, and the decoder of --decoder-weights, which stays as it is."""
     student = build_sam(f"medficientsam_{arguments.student}").eval()
     if arguments.init:
-        load_parts(student, resolve(arguments.init), "image_encoder")
+        load_parts(student, arguments.init, "image_encoder")
     if arguments.decoder_weights:
-        load_parts(student, resolve(arguments.decoder_weights), "prompt_encoder", "mask_decoder")
+        load_parts(student, arguments.decoder_weights, "prompt_encoder", "mask_decoder")
     student.prompt_encoder.requires_grad_(False)
     student.mask_decoder.requires_grad_(False)
     return student
+
+
+@torch.no_grad()
+def target(teacher, batch):
+    """The teacher's embeddings, (B, 256, 64, 64), which the batch brings where there is no teacher."""
+    return batch["embedding"] if teacher is None else teacher.image_encoder(batch["teacher_image"])
+
+
+def statistics_of(embeddings):
+    """Mean and variance per channel, float32 (256,) each, of an iterable of embeddings (256, 64, 64)."""
+    moments = torch.stack([torch.stack([x.mean((1, 2)), (x ** 2).mean((1, 2))])
+                           for x in map(torch.Tensor.double, embeddings)])
+    mean, square = moments.mean(0)
+    return {"teacher_mean": mean.float(), "teacher_variance": (square - mean ** 2).float()}
 
 
 def claim_folder(folder, teacher_file):
@@ -95,57 +105,48 @@ def claim_folder(folder, teacher_file):
         raise ValueError(f"{mark}: expected sha256 {digest} of {teacher_file}, found another; one folder per teacher")
 
 
-def read_images(cache, teacher_input, wanted):
-    """Paths and the teacher's inputs, (N, 3, size, size), of a list of (path, case, z, (horizontal, vertical flip))."""
-    images = []
-    for _, case, z, (horizontal, vertical) in wanted:
-        image = cache.image_and_labels(case, z)[0][::-1 if vertical else 1, ::-1 if horizontal else 1]
-        images.append(to_network(image.copy(), *teacher_input))
-    return [path for path, *_ in wanted], torch.stack(images)
-
-
 @torch.inference_mode()
-def keep_embeddings(arguments, world, cases, slices, cache, flips, label):
-    """Compute the embeddings that --embeddings lacks; each process its share. The teacher is loaded only if needed."""
-    items = [(embedding_path(arguments.embeddings, cases[index], z, flip), cases[index], z, flip)
-             for index, z in slices for flip in flips]
+def keep_embeddings(arguments, world, dataset):
+    """Compute what --embeddings lacks, each process its share, flipped too where flips have nothing else to teach."""
+    flips = [(False, False)] if dataset.objects or dataset.mode == "none" else FLIPS
+    items = [(dataset.cases[index], z, flip) for index, z in dataset.slices for flip in flips]
     # Each its share first: what is there already differs from one look to the next while the others are writing.
-    wanted = [item for item in items[world.rank::world.size] if not item[0].exists()]
-    if wanted:
-        teacher = load_teacher(arguments, world)
-        read = partial(read_images, cache, (teacher.image_size, teacher.resize))
-        loader = torch.utils.data.DataLoader(wanted, batch_size=4, num_workers=arguments.workers, collate_fn=read)
-        for paths, images in ProgressBar(loader, len(loader), label):
-            with world.autocast():
-                embeddings = teacher.image_encoder(world.to_device({"image": images})["image"])   # (N, 256, 64, 64)
-            for path, embedding in zip(paths, embeddings):
-                save_embedding(path, embedding)
-    world.wait()
+    wanted = [item for item in items[world.rank::world.size]
+              if not embedding_path(arguments.embeddings, *item).exists()]
+    teacher = load_teacher(arguments, world) if wanted else None
+    for case, z, flip in ProgressBar(wanted, len(wanted), "teacher"):
+        image = np.flip(dataset.cache.image_and_labels(case, z)[0], np.flatnonzero(flip[::-1]))     # rows are axis 0
+        batch = world.to_device({"image": to_network(image.copy(), teacher.image_size, teacher.resize)[None]})
+        with world.autocast():
+            embedding = teacher.image_encoder(batch["image"])[0]               # (256, 64, 64)
+        save_embedding(embedding_path(arguments.embeddings, case, z, flip), embedding)
+    world.sum({})                                                               # all wait for the slowest
 
 
-def statistics_of(embeddings):
-    """Mean and variance per channel, float32 (256,) each, of an iterable of embeddings (256, 64, 64)."""
-    moments = torch.stack([torch.stack([x.mean((1, 2)), (x ** 2).mean((1, 2))])
-                           for x in (embedding.double() for embedding in embeddings)])
-    mean, square = moments.mean(0)
-    return {"teacher_mean": mean.float(), "teacher_variance": (square - mean ** 2).float()}
-
-
-# ------------------------------------------------------------------------------------------------------------- task
-
-@torch.no_grad()
-def target(teacher, batch):
-    """The teacher's embeddings, (B, 256, 64, 64), which the batch brings where there is no teacher."""
-    return batch["embedding"] if teacher is None else teacher.image_encoder(batch["teacher_image"])
+def compute_targets(arguments, world, dataset, validation):
+    """Fill the folder --embeddings. Returns the training slices that have one; `dataset` keeps all that are of use."""
+    folder, cases, labelled = arguments.embeddings, dataset.cases, []
+    with world.first_goes_ahead():
+        claim_folder(folder, resolve(arguments.teacher))
+        if arguments.mask_loss:
+            labelled = list_slices(cases, dataset.cache, labelled_only=True, strict=arguments.strict)
+    keep_embeddings(arguments, world, validation)
+    chosen = draw_slices(cases, dataset.slices, arguments.embeddings_limit, arguments.seed, power=0.5)
+    keep_embeddings(arguments, world, replace(dataset, slices=chosen))
+    known = [(index, z) for index, z in dataset.slices if embedding_path(folder, cases[index], z).exists()]
+    if not known:
+        raise ValueError(f"{folder}: --embeddings-limit: expected an embedding of some training slice, found none")
+    useful = {*known, *labelled}                                               # the others serve where they have masks
+    dataset.slices = [item for item in dataset.slices if item in useful]
+    dataset.embeddings = validation.embeddings = folder
+    return known
 
 
 class Distillation(nn.Module):
     """What stage 1 trains and how: the task of a Trainer (see trainer.py).
 
-    Args:
-        teacher: the network whose embeddings are the targets, None where the batches bring them.
-        validation: the SliceDataset for validation; with `objects` if the student's decoder is a trained one.
-        statistics: what `statistics_of` found. With masks the embedding error is in units of the teacher's variance.
+    Without a `teacher` the batches bring its embeddings. With masks the embedding error counts in units of the
+    teacher's variance; where validation has objects, the student's decoder is a trained one and DSC decides.
     """
     frozen = ()
 
@@ -158,29 +159,21 @@ class Distillation(nn.Module):
         self.weights = {"embedding": arguments.embedding_loss}
         if arguments.mask_loss:
             self.weights = {"embedding": arguments.embedding_loss / self.variance, "mask": arguments.mask_loss}
-        self.criterion = ("dsc", "max") if validation.objects else ("val_error", "min")
+        self.criterion = ("dsc", 1) if validation.objects else ("val_error", -1)
 
     def count(self, batch):
         """The items of the two terms: images with a target, valid boxes."""
         known = int(batch["has_embedding"].sum()) if self.teacher is None else len(batch["image"])
         return {"embedding": known, "mask": int(batch["box_valid"].sum()) if "mask" in self.weights else 0}
 
-    def decode(self, embedding, batch):
-        """Logits (N, 1, 256, 256) and masks (N, 256, 256) of the N valid boxes of a batch."""
-        valid = batch["box_valid"]                                             # (B, M)
-        rows = valid.nonzero(as_tuple=True)[0]
-        return self.student.decode(embedding, batch["boxes"][valid], image_index=rows)[0], batch["masks"][valid]
-
     def loss(self, batch):
         """The terms of the loss, each averaged over its items."""
         embedding = self.model.image_encoder(batch["image"])                   # (B, 256, 64, 64)
         means = {"embedding": embedding_mse(embedding, target(self.teacher, batch), batch.get("has_embedding"))}
-        if "mask" in self.weights:
-            means["mask"] = embedding.new_zeros(())
-            if batch["box_valid"].any():
-                logits, masks = self.decode(embedding, batch)
-                pixels = F.binary_cross_entropy_with_logits(logits[:, 0].float(), masks.float(), reduction="none")
-                means["mask"] = dice_loss(logits, masks) + 4 * pixels.mean()
+        if "mask" in self.weights and batch["box_valid"].any():
+            logits, _, masks = decode_boxes(self.student, embedding, batch)
+            pixels = F.binary_cross_entropy_with_logits(logits[:, 0].float(), masks.float(), reduction="none")
+            means["mask"] = dice_loss(logits, masks) + 4 * pixels.mean()
         return means
 
     forward = loss
@@ -192,62 +185,40 @@ class Distillation(nn.Module):
             embedding = model.image_encoder(batch["image"])
             error += float(embedding_mse(embedding, target(self.teacher, batch)))
             if self.validation.objects:
-                scores[i] = dsc(*self.decode(embedding, batch))
+                logits, _, masks = decode_boxes(self.student, embedding, batch)
+                scores[i] = dsc(logits, masks)
         error = self.world.sum({"error": error})["error"] / len(self.validation)
         result = {"val_error": error, "val_relative": error / self.variance}
         return result | (modality_means(self.validation, scores, self.world) if self.validation.objects else {})
-
-
-# ------------------------------------------------------------------------------------------------------------ script
-
-def compute_targets(arguments, world, cases, slices, val_cases, val_slices, cache):
-    """Fill the folder --embeddings. Returns the training slices with an embedding, and all that are of use."""
-    folder = arguments.embeddings
-    with world.first_goes_ahead():
-        claim_folder(folder, resolve(arguments.teacher))
-    flips = list(FLIPS) if arguments.flips and not arguments.mask_loss else [(False, False)]
-    chosen = draw_slices(cases, slices, arguments.embeddings_limit, arguments.seed, power=0.5)
-    keep_embeddings(arguments, world, val_cases, val_slices, cache, [(False, False)], "teacher on validation slices")
-    keep_embeddings(arguments, world, cases, chosen, cache, flips, "teacher on training slices")
-    known = [(index, z) for index, z in slices if embedding_path(folder, cases[index], z).exists()]
-    if not known:
-        raise ValueError(f"{folder}: --embeddings-limit: expected an embedding of some training slice, found none")
-    labelled = slices_of(arguments, world, cases, cache, labelled_only=True) if arguments.mask_loss else []
-    useful = {*known, *labelled}                                               # the others serve where they have masks
-    return known, [item for item in slices if item in useful]
 
 
 def train(arguments, world):
     """Read the cases, build the task, train; returns the exit status. ValueError, one line, for bad input."""
     if arguments.mask_loss and not arguments.decoder_weights:
         raise ValueError("--mask-loss: expected --decoder-weights FILE beside it, e.g. lite_medsam, found none")
-    changed = arguments.augment or arguments.photometric
-    if arguments.embeddings and changed and not (arguments.mask_loss or arguments.plain):
+    has_targets = not arguments.embeddings or arguments.mask_loss or arguments.plain
+    if (arguments.augment or arguments.photometric) and not has_targets:
         raise ValueError("--augment, --photometric: expected --mask-loss or --plain beside them, found none: with "
                          "--embeddings such samples have no target")
     student = build_student(arguments)
-    student_input = network_input(arguments, student)
     resolve(arguments.teacher)                                                 # a missing one shows before long work
-    cases, slices, val_cases, val_slices, cache = read_data(arguments, world, False, bool(arguments.decoder_weights))
-    common, known, teacher = dict(embeddings=arguments.embeddings), slices, None
+    dataset, validation = read_data(arguments, world, student, labelled=False, mask_size=256)       # as decoder
+    dataset.mode = "full" if arguments.augment else "flips" if arguments.flips else "none"
+    dataset.plain = arguments.plain
+    if not arguments.mask_loss:
+        dataset.objects = None
+    known, teacher = dataset.slices, None
     if arguments.embeddings:
-        known, slices = compute_targets(arguments, world, cases, slices, val_cases, val_slices, cache)
+        known = compute_targets(arguments, world, dataset, validation)
     else:
         teacher = load_teacher(arguments, world)
-        common = dict(teacher_input=(teacher.image_size, teacher.resize))
-    common |= dict(cache=cache, network_input=student_input)
-    drawn = Objects(arguments.boxes, LOGITS_SIZE, student.image_size, arguments.box_shift, arguments.box_jitter)
-    dataset = SliceDataset(
-        cases, slices, objects=drawn if arguments.mask_loss else None, seed=arguments.seed,
-        mode="full" if arguments.augment else "flips" if arguments.flips else "none", plain=arguments.plain,
-        photometric=arguments.photometric, in_use=arguments.in_use, **common)
-    prompts = Objects(mask_size=LOGITS_SIZE, prompt_size=student.image_size, **VALIDATION)
-    validation = SliceDataset(val_cases, val_slices, objects=prompts if arguments.decoder_weights else None, **common)
+        dataset.teacher_input = validation.teacher_input = teacher.image_size, teacher.resize
     if arguments.resume:
         statistics = read_last(arguments.out)["extra"]
     else:
-        some = SliceDataset(cases, draw_slices(cases, known, STATISTICS_SLICES, arguments.seed, power=0.5), **common)
-        batches = single_batches(some, world, "the teacher's mean and variance", shared=False)
+        some = draw_slices(dataset.cases, known, STATISTICS_SLICES, arguments.seed, power=0.5)
+        plain = replace(validation, cases=dataset.cases, slices=some, objects=None)
+        batches = single_batches(plain, world, "the teacher's mean and variance", shared=False)
         with world.autocast():
             statistics = statistics_of(target(teacher, batch)[0] for _, batch in batches)
     if arguments.start_from_statistics:
@@ -255,7 +226,7 @@ def train(arguments, world):
             student.image_encoder.norm.bias.copy_(statistics["teacher_mean"])
             student.image_encoder.norm.weight.copy_(statistics["teacher_variance"].sqrt())
     task = Distillation(arguments, world, world.to_device(student), teacher, validation, statistics)
-    return train_task(arguments, world, task, dataset)
+    return Trainer(arguments, world, task, dataset).fit()
 
 
 def main(argv=None):

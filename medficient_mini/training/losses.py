@@ -1,37 +1,37 @@
-"""The losses of the two training stages, and the Dice coefficient that validation reports.
+"""What both stages compute of a batch: masks from valid boxes, the losses, the Dice coefficient of validation.
 
-Everything is computed in float32, whatever comes in: sums over 512 x 512 pixels lose their low digits in half precision.
-(Autocast leaves these operations in the type of their inputs.)
+Losses are computed in float32: sums over 512 x 512 pixels lose their low digits in half precision, which autocast keeps.
 """
 import torch
 import torch.nn.functional as F
+from torchvision.ops import sigmoid_focal_loss
 
 
-def embedding_mse(pred, target, weight=None):
-    """Mean squared error between image embeddings: the distillation loss (MedficientSAM, Sec. 2; MobileSAM, arXiv
-    2306.14289, Sec. 4.1).
+def decode_boxes(network, embedding, batch):
+    """Logits (N, 1, 256, 256), predicted IoU (N, 1) and true masks (N, S, S) of the N valid boxes of a batch."""
+    valid = batch["box_valid"]                                                 # (B, M)
+    rows = valid.nonzero(as_tuple=True)[0]                                     # each box's image
+    return *network.decode(embedding, batch["boxes"][valid], image_index=rows), batch["masks"][valid]
 
-    Args:
-        pred, target: (B, 256, 64, 64), of any floating type.
-        weight: (B,), for instance 1 where a target is known and 0 elsewhere. What `target` holds where the weight is
-            0 has no influence, not even NaN.
 
-    Returns:
-        The (weighted) mean over the samples, a float32 scalar; 0 if all weights are 0.
+def embedding_mse(pred, target, known=None):
+    """Mean squared error between embeddings (B, 256, 64, 64) (MedficientSAM, Sec. 2; MobileSAM, 2306.14289, Sec. 4.1).
+
+    The mean is taken over the samples that are `known`, (B,) bool, 0 if none is. What `target` holds for the others
+    has no influence, not even NaN.
     """
     difference = pred.float() - target.float()
-    if weight is None:
+    if known is None:
         return (difference ** 2).mean()
     # Before the square: after it, a NaN would come back as the gradient's factor, and 0 * NaN is NaN.
-    difference = torch.where(weight[:, None, None, None] > 0, difference, 0.0)
-    error = (difference ** 2).flatten(1).mean(1)                               # (B,)
-    return (error * weight).sum() / weight.sum().clamp(min=1e-12)
+    difference = torch.where(known[:, None, None, None], difference, 0.0)
+    return (difference ** 2).flatten(1).mean(1).sum() / known.sum().clamp(min=1)
 
 
 def dice_loss(logits, masks):
-    """1 - Dice with squared denominator (V-Net, Milletari et al., arXiv 1606.04797, Sec. 3), mean over masks.
+    """1 - Dice with squared denominator (V-Net, Milletari et al., arXiv 1606.04797, Sec. 3), mean over N masks.
 
-    logits (N, H, W), masks (N, H, W) in 0 ... 1, N at least 1. Two empty masks give a loss of 0.
+    logits (N, H, W), masks (N, H, W) in 0 ... 1. Two empty masks give a loss of 0.
     """
     probability, truth = logits.float().flatten(1).sigmoid(), masks.float().flatten(1)      # (N, H * W)
     overlap = 2 * (probability * truth).sum(1)
@@ -45,20 +45,12 @@ def enlarged(logits, masks):
 
 
 def finetune_loss(logits, iou, masks, mask_gradient=True):
-    """Stage 2 loss: Dice + 20 * focal + IoU MSE (MedficientSAM, Sec. 2; weights of Segment Anything, arXiv 2304.02643,
-    Sec. A). The focal loss has gamma 2 and no class weights (Lin et al., arXiv 1708.02002, Eq. 4).
+    """Dice + 20 * focal + IoU MSE (MedficientSAM, Sec. 2; weights of Segment Anything, arXiv 2304.02643, Sec. A).
 
-    The published code enlarges the logits under no_grad, so that its Dice and focal terms train nothing and only the
-    IoU head's error does. Here the gradient passes.
-
-    Args:
-        logits: (N, 1, 256, 256) of the mask decoder, N at least 1; they are enlarged to the masks' size first.
-        iou: (N, 1) as the decoder predicts it; it learns the IoU of the mask {logits > 0}.
-        masks: (N, S, S) of 0 and 1 in the frame of the network's input.
-        mask_gradient: False for the published behaviour, for comparison.
+    The focal loss has gamma 2 and no class weights (Lin et al., arXiv 1708.02002, Eq. 4). logits (N, 1, 256, 256) are
+    enlarged to the masks (N, S, S) of 0 and 1; iou (N, 1) learns the IoU of {logits > 0}. The published code enlarges
+    under no_grad, so that only the IoU head's error trains: as here without `mask_gradient`.
     """
-    from torchvision.ops import sigmoid_focal_loss
-
     logits = enlarged(logits, masks)                                           # (N, S, S)
     if not mask_gradient:
         logits = logits.detach()
@@ -69,10 +61,7 @@ def finetune_loss(logits, iou, masks, mask_gradient=True):
 
 
 def dsc(logits, masks):
-    """Dice coefficient, averaged over N masks: what validation reports in both stages. Two empty masks agree: 1.
-
-    logits (N, 1, 256, 256) are enlarged to the size of the masks (N, S, S) of 0 and 1; {logits > 0} is the object.
-    """
+    """Mean Dice coefficient of {logits > 0}, (N, 1, 256, 256) enlarged, and masks (N, S, S); 1 for two empty ones."""
     found, truth = enlarged(logits, masks) > 0, masks > 0
     overlap, total = (found & truth).sum((1, 2)), found.sum((1, 2)) + truth.sum((1, 2))     # (N,)
     return float((2 * overlap / total).nan_to_num(1.0).mean())                              # 0 / 0 is NaN

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from medficient_mini.training.optim import (AdamW, CosineAnnealing, HalveEachEpoch, ReduceLROnPlateau, moving_average,
-                                            schedule_of)
+from medficient_mini.training.optim import AdamW, learning_rate, moving_average
+
+lrs = torch.optim.lr_scheduler
 
 
 def problem(seed=0):
@@ -17,13 +18,11 @@ def problem(seed=0):
     return model, [(torch.randn(5, 6), torch.randn(5, 3)) for _ in range(100)]
 
 
-def run(model, optimizer, data, schedule=None):
+def run(model, optimizer, data):
     for x, y in data:
         optimizer.zero_grad()
         ((model(x) - y) ** 2).mean().backward()
         optimizer.step()
-        if schedule:
-            schedule.after_update()
 
 
 def distance(a, b):
@@ -57,86 +56,63 @@ def test_adamw_groups_and_parameters_without_gradient():
     assert distance(ours, theirs) < 1e-5
 
 
-def test_adamw_and_cosine_resume_exactly_through_a_file():
+def test_adamw_resumes_exactly_through_a_file():
     model, data = problem()
     optimizer = AdamW(model.parameters(), lr=1e-2)
-    schedule = CosineAnnealing(optimizer, steps=len(data), warmup=10)
-    run(model, optimizer, data[:40], schedule)
+    run(model, optimizer, data[:40])
     stream = io.BytesIO()
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-    torch.save(state, stream)
-    run(model, optimizer, data[40:], schedule)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, stream)
+    run(model, optimizer, data[40:])
 
     stream.seek(0)
     saved = torch.load(stream, weights_only=True)
     again, _ = problem(seed=1)
     other = AdamW(again.parameters(), lr=1e-2)
-    other_schedule = CosineAnnealing(other, steps=len(data), warmup=10)
     again.load_state_dict(saved["model"])
     other.load_state_dict(saved["optimizer"])
-    other_schedule.load_state_dict(saved["schedule"])
-    run(again, other, data[40:], other_schedule)
+    run(again, other, data[40:])
     assert distance(model, again) == 0
 
 
-def optimizers(lr=0.1):
-    return [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr) for _ in range(2)]
-
-
-def rates(optimizer, advance, count):
-    """The learning rates of `count` updates or epochs, each ended by advance(its number)."""
-    out = []
-    for i in range(count):
-        out.append(optimizer.param_groups[0]["lr"])
+def torch_rates(schedule, scores, lr=0.1):
+    """The learning rate of each epoch or update by one of torch's schedules, schedule(optimizer)."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
+    schedule, rates = schedule(optimizer), []
+    for score in scores:
+        rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
-        advance(i)
-    return out
+        schedule.step(*score)
+    return rates
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
-def test_plateau_equals_torch_and_resumes(mode):
-    ours, theirs = optimizers()
+def test_plateau_equals_torch(mode):
     scores = (1 + torch.randn(40, generator=torch.Generator().manual_seed(1)).cumsum(0).abs() * 0.01).tolist()
-    schedules = [ReduceLROnPlateau(ours, mode)]
-
-    def after_epoch(i):
-        schedules.append(ReduceLROnPlateau(ours, mode))                     # a run resumed at each epoch
-        schedules[-1].load_state_dict(schedules[-2].state_dict())
-        schedules[-1].after_update()
-        schedules[-1].after_epoch(scores[i])
-
-    torchs = torch.optim.lr_scheduler.ReduceLROnPlateau(theirs, mode, 0.5, patience=0, eps=0)
-    expected = rates(theirs, lambda i: torchs.step(scores[i]), 40)
-    assert rates(ours, after_epoch, 40) == pytest.approx(expected, rel=1e-9) and len(set(expected)) > 3
+    expected = torch_rates(lambda optimizer: lrs.ReduceLROnPlateau(optimizer, mode, 0.5, patience=0, eps=0), zip(scores))
+    arguments = SimpleNamespace(schedule="plateau", lr=0.1)
+    higher_is_better = [-score if mode == "min" else score for score in scores]
+    found = [learning_rate(arguments, 0, 1, higher_is_better[:n]) for n in range(40)]
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert len(set(expected)) > 3
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_cosine_equals_torch_with_and_without_warmup():
-    lrs = torch.optim.lr_scheduler
+    def schedule(optimizer):
+        cosine = lrs.CosineAnnealingLR(optimizer, 200 - warmup)
+        return lrs.SequentialLR(optimizer, [lrs.LinearLR(optimizer, 1 / 20, total_iters=19), cosine], [20]) if warmup else cosine
+
     for warmup in (0, 20):
-        ours, theirs = optimizers()
-        torchs = lrs.CosineAnnealingLR(theirs, 200 - warmup)
-        if warmup:
-            torchs = lrs.SequentialLR(theirs, [lrs.LinearLR(theirs, 1 / 20, total_iters=19), torchs], [20])
-        schedule = CosineAnnealing(ours, 200, warmup=warmup)
-        found = rates(ours, lambda _: (schedule.after_epoch(0.0), schedule.after_update()), 210)
-        assert found[:200] == pytest.approx(rates(theirs, lambda _: torchs.step(), 200), rel=1e-6)
-        assert found[0] == pytest.approx(0.005 if warmup else 0.1) and found[200:] == [0] * 10
-    with pytest.raises(ValueError, match="warm-up of 5"):
-        CosineAnnealing(ours, 5, warmup=5)
+        arguments = SimpleNamespace(schedule="cosine", lr=0.1, warmup=warmup)
+        found = [learning_rate(arguments, step, 200, [1.0]) for step in range(201)]
+        assert found[:200] == pytest.approx(torch_rates(schedule, [()] * 200), rel=1e-6)
+        assert found[0] == pytest.approx(0.005 if warmup else 0.1) and found[200] == 0
 
 
 def test_halving_equals_torch():
-    ours, theirs = optimizers(0.075)
-    schedule, torchs = HalveEachEpoch(ours), torch.optim.lr_scheduler.ExponentialLR(theirs, 0.5)
-    assert rates(ours, lambda _: (schedule.after_update(), schedule.after_epoch(1.0)), 8) \
-        == rates(theirs, lambda _: torchs.step(), 8)
-
-
-def test_schedules_by_name():
-    for name, kind in (("plateau", ReduceLROnPlateau), ("halve", HalveEachEpoch), ("cosine", CosineAnnealing)):
-        found = schedule_of(SimpleNamespace(schedule=name, warmup=0), optimizers()[0], 10, "max")
-        assert type(found) is kind and getattr(found, "sign", -1) == -1
+    expected = torch_rates(lambda optimizer: lrs.ExponentialLR(optimizer, 0.5), [()] * 8, lr=0.075)
+    arguments = SimpleNamespace(schedule="halve", lr=0.075)
+    assert [learning_rate(arguments, 0, 1, [1.0] * n) for n in range(8)] == expected
 
 
 def test_moving_average_equals_its_recurrence_and_resumes():

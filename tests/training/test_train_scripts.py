@@ -206,7 +206,7 @@ def test_bad_input_is_one_line_and_status_1(bench, tmp_path, capsys):
             (["--mask-loss", 1], "--mask-loss: expected --decoder-weights"),
             (["--embeddings", tmp_path / "emb", "--augment"], "--augment, --photometric: expected --mask-loss or --plain"),
             (["--embeddings", tmp_path / "emb", "--photometric"], "--photometric: expected --mask-loss or --plain"),
-            (["--size", 100], "--size: expected a multiple of 32"),
+            (["--size", 100], "--size: expected 64, or with an EfficientViT network a multiple of 32 from 64, found 100"),
             (["--teacher", tmp_path / "absent.pth"], "absent.pth"),
             (["--init", bench / "encoder.pth", "--student", "l1"], "encoder.pth: weights do not fit: ")):
         assert call(train_distill, *base, *options) == 1

@@ -18,7 +18,7 @@ from torch import nn
 from medficient_mini.inference.checkpoint import read_torch
 from medficient_mini.training import trainer as training
 from medficient_mini.training.distributed import Distributed
-from medficient_mini.training.options import common_parser, make_sampler, run_script, start
+from medficient_mini.training.options import common_parser, run_script, start
 from medficient_mini.training.trainer import Trainer, read_last
 
 ROOT = str(Path(__file__).resolve().parents[2])
@@ -48,7 +48,7 @@ class Killed(BaseException):
 
 class Tiny(nn.Module):
     """Convolution, batch norm, mean squared error over the known targets; the second validation is a bad one."""
-    network, frozen, weights, criterion, extra = "tiny", (), {"error": 1.0}, ("val_error", "min"), {}
+    network, frozen, weights, criterion, extra, validation = "tiny", (), {"error": 1.0}, ("val_error", -1), {}, ()
 
     def __init__(self, norm=True, hook=lambda update: None):
         super().__init__()
@@ -82,10 +82,8 @@ def tiny_arguments(options):
 def tiny_run(options, dataset=Points(), world=None, **task):
     """A Trainer of Tiny on Points; `hook` is called with the number of updates done in this start before each."""
     arguments = tiny_arguments(options)
-    world = world or start(arguments)
-    sampler = make_sampler(arguments, world, None, [(0, z) for z in range(11)])
-    run = Trainer(arguments, world, Tiny(**task), dataset, sampler)
-    run.task.validations = run.state["epoch"]
+    run = Trainer(arguments, world or start(arguments), Tiny(**task), dataset)
+    run.task.validations = run.state.epoch
     return run
 
 
@@ -185,10 +183,10 @@ def test_variables_of_another_launcher_are_not_believed(monkeypatch, capsys):   
 
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_bad_sample_is_one_line_and_status_1(tmp_path, capsys, workers):
-    arguments = tiny_arguments(["--out", str(tmp_path), "--workers", workers])
-    status = run_script(lambda arguments, world: tiny_run(["--out", str(tmp_path), "--workers", workers], Broken(), world).fit(),
-                        arguments)
-    assert status == 1 and capsys.readouterr().err == "a.npz: gts: expected labels\n"
+    options = ["--out", str(tmp_path), "--workers", workers]
+    status = run_script(lambda arguments, world: tiny_run(options, Broken(), world).fit(), tiny_arguments(options))
+    _, *lines = capsys.readouterr().err.splitlines()                           # behind what is trained on
+    assert status == 1 and lines == ["a.npz: gts: expected labels"]
 
 
 def test_signal_saves_and_the_second_one_ends_at_once(tmp_path, undisturbed, capsys):
@@ -305,7 +303,7 @@ def test_resume_refuses_other_options_and_other_networks(tmp_path):
     (["--box-jitter", "0.5"], "--box-jitter: expected 0 to 0.499"),
     (["--device", "gpu"], "--device: expected auto, cpu.*, found gpu"),
     (["--device", "cuda:99"], "--device: expected auto, cpu.*, found cuda:99"),
-    (["--epochs", "1", "--warmup", "3"], "warm-up of 3"),
+    (["--epochs", "1", "--warmup", "3"], "--warmup: expected fewer than the 3 updates, found 3"),
 ])
 def test_bad_options(tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
