@@ -39,7 +39,7 @@ MARKS = {
 }
 DEFAULT = Path(__file__).parents[1] / "weights" / "medficientsam_l1.pth"
 # Whatever stands before the name of a part was put there by training. TinyViT's tables of indices are no weights.
-WEIGHT = re.compile(r"(?:(.*)\.)??((?:image_encoder|student_encoder|prompt_encoder|mask_decoder)\..+)"
+WEIGHT = re.compile(r"(|.*?\.)((?:image_encoder|student_encoder|prompt_encoder|mask_decoder)\..+)"
                     r"(?<!attention_bias_idxs)")
 
 
@@ -74,11 +74,10 @@ def resolve(weights) -> Path:
 class _Ignored:
     """What is put in place of the objects below, so that not even their own code is run."""
 
-    def __new__(cls, *arguments):
-        return super().__new__(cls)
-
-    def __setstate__(self, state):
+    def __init__(self, *arguments):
         pass
+
+    __setstate__ = __init__
 
 
 # Types that often lie beside the tensors and that nothing here needs: options, paths, numpy's numbers and arrays.
@@ -109,25 +108,26 @@ def read_torch(path):
     raise ValueError(f"{path}: weights: expected a PyTorch checkpoint, found {found}")
 
 
-def load_state(path) -> tuple[str, State]:
+def load_state(path, content=None) -> tuple[str, State]:
     """Read a checkpoint file: the name of its network, a key of NETWORKS, and its state dict without any wrapping.
 
-    All keys start with `image_encoder.` if the file holds an encoder alone. ValueError for a file of another kind.
+    All keys start with `image_encoder.` if the file holds an encoder alone. `content` is what `read_torch` gave, if it
+    was read already. ValueError for a file of another kind.
     """
-    return _unwrap(path, read_torch(path))
-
-
-def _unwrap(path, content) -> tuple[str, State]:
-    """What `load_state` says of the content of a file."""
+    content = read_torch(path) if content is None else content
     if not isinstance(content, dict):
         raise ValueError(f"{path}: weights: expected a state dict, found {type(content).__name__}")
     likely = [content[key] for key in ("state_dict", "model_state_dict", "model", "net") if key in content]
     found = next(filter(None, map(_weights, [*likely, content])), {"": content})
     if len(found) > 1:
-        raise ValueError(f"{path}: weights: expected one state dict, found {', '.join(found)}; save the right one "
-                         "alone: torch.save(torch.load(FILE)[NAME], NEW)")
+        raise ValueError(f"{path}: weights: expected one state dict, found {list(found)}; save the right one alone: "
+                         "torch.save(torch.load(FILE)[NAME], NEW)")
     state, = found.values()
-    return recognise(path, state), expand_state(state)
+    for key, name in MARKS.items():
+        if ENCODER + key in state:
+            return name, expand_state(state)
+    keys = ", ".join(map(str, list(state)[:3])) or "no tensors"
+    raise ValueError(f"{path}: weights: expected one of {', '.join(NETWORKS)}, found keys {keys} …")
 
 
 def _weights(content) -> dict[str, State]:
@@ -145,15 +145,6 @@ def _tensors(content, front: str = ""):
         yield from _tensors(value, f"{front}{key}.")
         if isinstance(value, Tensor):
             yield f"{front}{key}", value
-
-
-def recognise(path, state: State) -> str:
-    """Return the name of the network that a state dict belongs to."""
-    for key, name in MARKS.items():
-        if ENCODER + key in state:
-            return name
-    found = ", ".join(list(state)[:3]) or "no tensors"
-    raise ValueError(f"{path}: weights: expected one of {', '.join(NETWORKS)}, found keys {found} …")
 
 
 def load_strictly(model: torch.nn.Module, state: State, path) -> None:
@@ -200,7 +191,7 @@ def load_model(weights: str | Path | None = None, decoder_weights: str | Path | 
         raise ValueError(f"precision {precision}: expected with the CPU alone, found device {device}")
     path = resolve(weights)
     content = read_torch(path)
-    name, state = _unwrap(path, content)
+    name, state = load_state(path, content)
     if decoder_weights is not None:
         _, other = load_state(resolve(decoder_weights))
         state = {key: value for key, value in state.items() if key.startswith(ENCODER)}

@@ -13,9 +13,9 @@ OVERLAPS = ("inside", "higher", "later")
 INSIDE = 0.8                         # see `lies_inside`
 
 
-def label_dtype(count: int) -> type:
-    """Return the type that holds that many labels: uint8 for up to 255, else uint16."""
-    return np.uint8 if count <= 255 else np.uint16
+def label_dtype(count: int) -> np.dtype:
+    """Return the smallest unsigned type that holds that many labels: uint8 for up to 255, else uint16."""
+    return np.min_scalar_type(int(count))
 
 
 class Composition:

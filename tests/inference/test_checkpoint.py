@@ -89,7 +89,7 @@ def test_paths_of_windows_are_read_anywhere(tmp_path):
 def test_the_network_is_recognised_from_its_keys(name):
     with torch.device("meta"):
         keys = build_sam(name).state_dict()
-    assert checkpoint.recognise("file", keys) == name
+    assert load_state("file", dict(keys))[0] == name
 
 
 def test_a_distilled_encoder_takes_its_decoder_from_another_file(lite, tmp_path):
@@ -251,7 +251,7 @@ def test_weights_under_any_one_key(tmp_path, key):                           # f
     assert load_state(tmp_path / "w.pth")[1].keys() == WHOLE.keys()
     torch.save({key: WHOLE, "other": WHOLE}, tmp_path / "w.pth")
     line = error_of(load_state, tmp_path / "w.pth")
-    assert f"expected one state dict, found {key}, other" in line and "torch.save(" in line
+    assert f"expected one state dict, found ['{key}.', 'other.']" in line and "torch.save(" in line
 
 
 @pytest.mark.parametrize("prefix", ["sam.", "sam_model.", "network.", "ema_model."])
