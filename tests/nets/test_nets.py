@@ -12,9 +12,7 @@ recorded = pytest.mark.skipif(not PARITY.is_dir(), reason=f"recorded outputs abs
 pytestmark = pytest.mark.usefixtures("one_thread")
 PARAMETERS = {"medficientsam_l0": 34.79, "medficientsam_l1": 47.65, "medficientsam_l2": 61.33,
               "medsam_vit_b": 93.74, "lite_medsam": 9.79}                     # millions, papers' tables
-
-
-ONE_OF_EACH_ENCODER = ("medficientsam_l0", "lite_medsam")                    # these are tried in their fast form too
+ONE_OF_EACH_ENCODER = ("medficientsam_l0", "lite_medsam")                     # with all prompts, and in their fast form
 
 
 def compare(actual: torch.Tensor, index, value, tolerance):
@@ -34,16 +32,16 @@ def test_parity(name):
     record = np.load(PARITY / f"{name}.npz")
     model = deterministic_sam(name, int(record["seed"]))
     assert record["size"] == model.image_size
-    check_parity(model, record)
+    check_parity(model, record, all_prompts=name in ONE_OF_EACH_ENCODER)
     if name.startswith("medficientsam"):
         with torch.inference_mode():
             assert model.image_encoder(torch.rand(1, 3, 64, 64)).shape == (1, 256, 64, 64)     # at another size too
     if name in ONE_OF_EACH_ENCODER:
-        check_parity(fast_or_skip(model), record)
+        check_parity(fast_or_skip(model), record, all_prompts=False)
 
 
 @torch.inference_mode()
-def check_parity(model, record):
+def check_parity(model, record, all_prompts):
     import inputs
     seed = int(record["seed"])
     embedding = model.image_encoder(inputs.image(seed, int(record["size"])))
@@ -53,7 +51,7 @@ def check_parity(model, record):
     boxes, points = torch.from_numpy(record["boxes"]).float(), torch.from_numpy(record["points"]).float()
     points = points, torch.from_numpy(record["point_labels"])
     prompts = {"box": dict(boxes=boxes)}
-    if model.name in ONE_OF_EACH_ENCODER:                                    # the decoder's code is the same for all
+    if all_prompts:
         prompts |= {"box_multi": dict(boxes=boxes, multimask=True), "points": dict(points=points, multimask=True),
                     "box_points_mask": dict(boxes=boxes, points=points, masks=inputs.mask_prompt(seed))}
     for case, prompt in prompts.items():
