@@ -1,4 +1,4 @@
-"""Pictures or NIfTI volumes with masks -> the challenge's NPZ files, for training and evaluation.
+"""Pictures or volumes with masks -> the challenge's NPZ files, for training and evaluation.
 
     python -m medficient_mini.userfiles.convert -i images -g masks -o npz --modality US
     python -m medficient_mini.userfiles.convert -i ct -g ct_masks -o npz --modality CT --window soft-tissue --instances
@@ -10,21 +10,21 @@ _segmentation if it likes, the image's with nnU-Net's _0000. `case.png` becomes 
 import argparse
 import re
 import sys
-import unicodedata
 import zlib
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
-from ..files import first_line, list_files
+from ..files import first_line
 from ..inference.compose import label_dtype
-from ..inference.names import show_any_name
+from ..inference.names import composed, show_any_name
 from ..inference.npz import write_npz
 from ..show.progress import ProgressBar
 from .labels import load_label_picture
-from .nifti import AXES, load_label_nifti, load_nifti
-from .pictures import PICTURES, TURNED, VOLUMES, WINDOWS, is_nifti, load_picture, parse_window, stem_of
+from .pictures import TURNED, is_picture, load_picture, parse_window, stem_of
+from .prompts import add_reading_options
+from .volumes import list_images, load_labels, load_volume
 
 MASK_ENDING = re.compile(r"[-_. ]+(masks?|seg|segmentation|labels?|gt)$", re.IGNORECASE)
 
@@ -34,15 +34,12 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(prog="python -m medficient_mini.userfiles.convert", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("-i", "--images", required=True, type=Path, help="folder of pictures or NIfTI files, or one file")
+    add("-i", "--images", required=True, type=Path, help="folder of pictures or volumes, or one")
     add("-g", "--masks", required=True, type=Path, help="folder of their masks, or one file")
     add("-o", "--output", required=True, type=Path, help="folder for the NPZ files")
     add("--modality", required=True, help="CT, MR, PET, US, XRay, Dermoscopy, Endoscopy, Fundus, Mammography, "
                                           "Microscopy, OCT or another")
-    add("--window", nargs="+", metavar=("LEVEL", "WIDTH"),
-        help=f"intensities that become 0-255: two numbers, or {', '.join(WINDOWS)} "
-             "(default: 0.5 and 99.5 percentiles; 8 bits stay as they are)")
-    add("--axis", choices=AXES, default="axial", help="direction of a volume's slices (default: axial)")
+    add_reading_options(parser)
     add("--instances", action="store_true", help="every connected part of a label is an object of its own")
     add("--min-size", type=int, default=1, metavar="N", help="drop objects of fewer pixels or voxels")
     add("--margin", type=int, default=0, metavar="M",
@@ -54,43 +51,38 @@ def parse_arguments(argv=None):
 def pair_files(images: Path, masks: Path) -> tuple[dict[Path, list[Path]], list[Path]]:
     """Find the masks that bear each image's name, one where all is well; and the masks of a folder without an image.
 
-    Raises:
-        ValueError: a folder has no files.
+    ValueError if a folder has no files.
     """
-    image_files, mask_files = (list_files(path, PICTURES + VOLUMES) for path in (images, masks))
-    if images.is_file() and masks.is_file():
+    image_files, mask_files = list_images(images), list_images(masks)
+    if [images, masks] == image_files + mask_files:
         return {images: mask_files}, []
     if images.resolve() == masks.resolve():
         mask_files = [path for path in mask_files if MASK_ENDING.search(stem_of(path))]
-    by_name = defaultdict(list)
-    for path in mask_files:
-        by_name[MASK_ENDING.sub("", name_below(masks, path)).removesuffix("_0000")].append(path)
     taken = {path.resolve() for path in mask_files}           # the masks' folder may lie within that of the images
-    names = {path: MASK_ENDING.sub("", name_below(images, path)).removesuffix("_0000")
-             for path in image_files if path.resolve() not in taken}
+    by_name, names = defaultdict(list), {}
+    for root, files in ((masks, mask_files), (images, image_files)):
+        for path in files:
+            name = MASK_ENDING.sub("", name_below(root, path)).removesuffix("_0000")
+            if files is mask_files:
+                by_name[name].append(path)
+            elif path.resolve() not in taken:
+                names[path] = name
     lonely = [path for name in by_name.keys() - names.values() for path in by_name[name]] if images.is_dir() else []
     return {path: by_name[name] for path, name in names.items()}, sorted(lonely)
 
 
 def name_below(root: Path, path: Path) -> str:
-    """Join the folders of a file below `root` and its stem by slashes, in Unicode's form NFC: patient1/slice_01."""
-    return unicodedata.normalize("NFC", (path.relative_to(root).parent / stem_of(path)).as_posix())
+    """Join the folders of a file below `root` and its stem by slashes: patient1/slice_01."""
+    return composed((path.relative_to(root).parent / stem_of(path)).as_posix())
 
 
 def number_objects(labels: np.ndarray, instances: bool, min_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Number the objects of a label picture or volume and put a box round each.
+    """Number the objects of a label picture or volume, integers (H, W) or (D, H, W), and put a box round each.
 
-    Args:
-        labels: integers (H, W) or (D, H, W), 0 the background.
-        instances: parts that touch in no direction, diagonals included, are objects of their own.
-        min_size: objects of fewer pixels or voxels are dropped.
-
-    Returns:
-        gts, the objects 1…N in order of label, of the same shape, uint8 or above 255 objects uint16; boxes, int64
-        (N, 4) x0 y0 x1 y1 or (N, 6) x0 y0 z0 x1 y1 z1, tight and inclusive.
-
-    Raises:
-        OverflowError: there are more than 65535 objects.
+    With `instances`, parts that touch in no direction, diagonals included, are objects of their own. Those of fewer
+    than `min_size` pixels are dropped. Returned are gts, 1…N in order of label, of the same shape, uint8 or above 255
+    objects uint16, and boxes, int64 (N, 4) x0 y0 x1 y1 or (N, 6) x0 y0 z0 x1 y1 z1, tight and inclusive.
+    OverflowError for more than 65535 objects.
     """
     from scipy.ndimage import find_objects, label
     objects, count = np.zeros(labels.shape, np.int32), 0
@@ -114,27 +106,24 @@ def number_objects(labels: np.ndarray, instances: bool, min_size: int) -> tuple[
 def convert_pair(image: Path, mask: Path, target: Path, arguments) -> tuple[int, list[str]]:
     """Write an image and its mask as `target`, unless the mask is empty; return the number of objects, and remarks.
 
-    Raises:
-        ValueError: a file cannot be read, or the two do not fit together.
+    ValueError if a file cannot be read, or the two do not fit together.
     """
-    if is_nifti(image):
-        imgs, grid, text = load_nifti(image, arguments.axis, arguments.window)
-        labels, lines = load_label_nifti(mask, grid), []
-        spacing = {"spacing": grid.spacing}
-    else:
+    lines, spacing = [], {}
+    if is_picture(image):
         imgs, text = load_picture(image, arguments.window)
         labels, lines = load_label_picture(mask)
-        spacing = {}
         if TURNED in text:
             lines.append(f"{image.name}: imgs: {TURNED}, see that {mask.name} fits")
         if labels.shape != imgs.shape[:2]:
             raise ValueError(f"{mask.name}: gts: expected the image's size {imgs.shape[:2]}, found {labels.shape}")
+    else:
+        imgs, grid, text = load_volume(image, arguments.axis, arguments.window, arguments.series)
+        labels, spacing = load_labels(mask, grid), {"spacing": grid.spacing}
     # Beside the small numbers of classes the greatest number stands for "ignore"; 0, 128, 255 are labels all.
     values = np.flatnonzero(np.bincount(labels.ravel()))
     if len(values) > 2 and values[-1] in (255, 65535) and values[-2] < 64:
-        highest, ignored = values[-2:]
-        labels[labels == ignored] = 0
-        lines.append(f'{mask.name}: gts: {ignored} beside labels up to {highest} is taken as "ignore" and left out')
+        labels[labels == values[-1]] = 0
+        lines.append(f'{mask.name}: gts: {values[-1]} beside labels up to {values[-2]} is taken as "ignore" and left out')
     gts, boxes = number_objects(labels, arguments.instances, arguments.min_size)
     if not len(boxes):
         return 0, [*lines, f"{image.name}: left out, its mask holds no object of {arguments.min_size} or more pixels"]
@@ -149,8 +138,7 @@ def convert_pair(image: Path, mask: Path, target: Path, arguments) -> tuple[int,
 def convert(arguments) -> int:
     """Convert every pair, with one line on stderr for each that is left out; return how many failed.
 
-    Raises:
-        ValueError: an option is wrong, or there are no files.
+    ValueError if an option is wrong, or there are no files.
     """
     arguments.window = parse_window(arguments.window)
     if not re.fullmatch(r"[A-Za-z0-9-]+", arguments.modality):
@@ -170,7 +158,7 @@ def convert(arguments) -> int:
                 raise ValueError(f"{image.name}: gts: expected one mask of its name, found {len(masks)}")
             # The subfolder, which often is the patient, stays part of the name: training splits by patient.
             stem = name_below(arguments.images, image).replace("/", "-")
-            target = arguments.output / f"{3 if is_nifti(image) else 2}D_{arguments.modality}_{stem}.npz"
+            target = arguments.output / f"{2 if is_picture(image) else 3}D_{arguments.modality}_{stem}.npz"
             if target in targets:
                 raise ValueError(f"{image.name}: name: expected one image for {target.name}, found two")
             targets.add(target)

@@ -7,30 +7,23 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from .pictures import JPEG, PALETTE, PHOTOMETRIC, PNG, SAMPLES, decode, png_chunk, sections, tiff_fields
+from .pictures import JPEG, PALETTE, PHOTOMETRIC, PNG, SAMPLES, decode, tiff_fields, with_colour_type
 
 MOST_VALUES = 32                     # more grey values or colours are no labels, but soft edges or a photograph
 
 
 def load_label_picture(path) -> tuple[np.ndarray, list[str]]:
-    """Read a mask picture as uint16 labels (H, W), 0 the background.
+    """Read a mask picture as uint16 labels (H, W), 0 the background, and say how they were changed: turned, or cut.
 
     Of a palette PNG the indices are the labels, of others the grey values or colours (see `labels_of`). Where all that
     is visible has one colour, its opacity is the mask; else what is less than half as opaque as the most opaque pixel
-    is background.
-
-    Returns:
-        The labels, and lines for the user that say how they were changed: turned, or cut.
-
-    Raises:
-        ValueError: the file is damaged, or its values cannot be labels.
-        OSError: it cannot be read.
+    is background. ValueError if the file is damaged or its values cannot be labels, OSError if it cannot be read.
     """
     path = Path(path)
     name, data = path.name, path.read_bytes()
     if data.startswith(PNG) and data[25:26] == b"\3":                 # the colour type of a palette
-        pixels, remarks = decode(indices_as_grey(data), name)
-        labels = pixels[..., 0]
+        pixels, remarks = decode(with_colour_type(data, 0), name)
+        labels = pixels[..., 0] // (255 // (2 ** data[24] - 1))       # few bits are spread to 0–255
     else:
         pixels, remarks = decode(data, name)
         whole = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)     # as it lies in the file
@@ -42,8 +35,7 @@ def load_label_picture(path) -> tuple[np.ndarray, list[str]]:
                 raise ValueError(f"{name}: gts: expected an opaque mask or no EXIF orientation, found transparency")
             opacity = whole[..., 3:]
             colours = pixels[opacity[..., 0] > 0]
-            one_colour = len(colours) and (colours == colours[0]).all()
-            if one_colour and opacity.min() < opacity.max():
+            if opacity.min() < opacity.max() and (colours == colours[0]).all():
                 pixels = opacity
             else:
                 pixels = pixels * (opacity >= opacity.max() / 2)
@@ -52,25 +44,13 @@ def load_label_picture(path) -> tuple[np.ndarray, list[str]]:
     return labels.astype(np.uint16), [f"{name}: gts: {remark}" for remark in remarks]
 
 
-def indices_as_grey(data: bytes) -> bytes:
-    """Give a palette PNG a palette that maps each index to itself, so that decoding it yields the indices."""
-    grey = np.arange(256, dtype=np.uint8).repeat(3).tobytes()
-    for kind, start, end in sections(data):
-        if kind == b"PLTE":
-            return data[:start - 8] + png_chunk(kind, grey[:end - start]) + data[end + 4:]
-    return data
-
-
 def labels_of(pixels: np.ndarray, data: bytes, name: str) -> tuple[np.ndarray, list[str]]:
     """Turn the pixels of a mask (H, W, 1 or 3) into labels (H, W).
 
     Grey values stay as they are where they are few, small or without a gap; few colours but black are numbered in
     order of (R, G, B). White on black with soft edges is cut at half of white: black and white are the two fullest
     quarters of the histogram, and no value between fills 3 x 3 pixels. A JPEG can be nothing else: it changes values.
-
-    Raises:
-        ValueError: there are many values, or it is a JPEG, and they are not black and white with soft edges; or they
-            are the colours of a palette whose indices are not read.
+    ValueError for many other values, a JPEG of them, and colours of a palette whose indices are not read.
     """
     white = 255 if pixels.dtype == np.uint8 else 65535
     pixels = whole_numbers(pixels, name)
@@ -105,8 +85,7 @@ def labels_of(pixels: np.ndarray, data: bytes, name: str) -> tuple[np.ndarray, l
 def whole_numbers(array: np.ndarray, name: str) -> np.ndarray:
     """Round numbers that are whole but for a file's scale factors (within 1e-3) to uint16 labels.
 
-    Raises:
-        ValueError: one is not whole, negative, above 65535 or not finite.
+    ValueError if one is not whole, negative, above 65535 or not finite.
     """
     if array.dtype in (np.uint8, np.uint16):
         return array.astype(np.uint16)

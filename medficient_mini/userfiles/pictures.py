@@ -7,7 +7,7 @@ import re
 import struct
 import tempfile
 import zlib
-from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import cv2
@@ -17,32 +17,31 @@ from ..files import whole_file
 from ..show.draw import colours
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-VOLUMES = (".nii", ".nii.gz")
+ENDING = re.compile(r"\.(nii|nii\.gz|nrrd|mha|mhd|dcm|npz|png|jpe?g|tiff?|bmp)$", re.IGNORECASE)
 WINDOWS = {"soft-tissue": (40.0, 400.0), "lung": (-600.0, 1500.0), "bone": (400.0, 1800.0), "brain": (40.0, 80.0)}
 PERCENTILES = (0.5, 99.5)            # of the non-zero numbers, as MedSAM prepares its data
 SAMPLE = 1 << 23                     # numbers that percentiles are taken from; smaller images give all of theirs
-PHOTOMETRIC, ORIENTATION, SAMPLES = 262, 274, 277    # the TIFF fields that are looked at; EXIF has ORIENTATION too
+PHOTOMETRIC, ORIENTATION, SAMPLES = 262, 274, 277    # the TIFF fields that are looked at
 INVERTED, PALETTE = 0, 3             # values of PHOTOMETRIC: zero is white; numbers are indices of colours
 PNG, JPEG = b"\x89PNG", b"\xff\xd8\xff"                # first bytes, which say more than a file's name
 TURNED = "turned as its EXIF orientation says"
+# What the libraries for JPEG, PNG, JPEG 2000 and MetaImage write on standard error.
+COMPLAINTS = re.compile(rb"(Corrupt JPEG|Invalid |Inconsistent|libpng|Unsupported |Marker |Failed |Meta(Image|Object): "
+                        rb"|DimSize |Uncompress|   ideal)[^\n]*\n")
 
 
-def is_nifti(path) -> bool:
-    """Return whether a file's name ends as NIfTI files do."""
-    return str(path).lower().endswith(VOLUMES)
+def is_picture(path) -> bool:
+    """Return whether a file's name ends as those of pictures do."""
+    return str(path).lower().endswith(PICTURES)
 
 
 def stem_of(path) -> str:
     """Return the file name without its ending, where .nii.gz is one ending."""
-    return re.sub(r"\.(nii|nii\.gz|npz|png|jpe?g|tiff?|bmp)$", "", Path(path).name, flags=re.IGNORECASE)
+    return ENDING.sub("", os.path.basename(os.path.abspath(path)))
 
 
 def parse_window(words: list[str] | None) -> tuple[float, float] | None:
-    """Read ["lung"] or ["-600", "1500"] as (level, width), None as None.
-
-    Raises:
-        ValueError: the name is unknown or the width is not positive.
-    """
+    """Read ["lung"] or ["-600", "1500"] as (level, width), None as None; ValueError where it is neither."""
     if words is None:
         return None
     try:
@@ -56,10 +55,9 @@ def parse_window(words: list[str] | None) -> tuple[float, float] | None:
 
 
 def intensity_range(sample: np.ndarray, window: tuple[float, float] | None) -> tuple[float, float, str]:
-    """Decide which numbers become 0 and 255: the window's ends, without it 0 and 255 of uint8, else percentiles.
+    """Return which numbers become 0 and 255, and words that say where they come from.
 
-    Returns:
-        low, high, and words that say where they come from.
+    They are the window's ends, without it 0 and 255 of uint8, else percentiles.
     """
     if window is not None:
         level, width = window
@@ -89,18 +87,11 @@ def to_uint8(array: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def load_picture(path, window: tuple[float, float] | None = None) -> tuple[np.ndarray, str]:
-    """Read a picture as uint8 (H, W, 3) RGB. Transparency is dropped.
+    """Read a PNG, JPEG, TIFF or BMP file as uint8 (H, W, 3) RGB, and say how its intensities were mapped.
 
-    Args:
-        path: a PNG, JPEG, TIFF or BMP file. It is turned as its EXIF orientation says, as viewers show it.
-        window: (level, width) of the intensities that become 0–255 (see `intensity_range`).
-
-    Returns:
-        The picture and words that say how its intensities were mapped, and whether it was turned.
-
-    Raises:
-        ValueError: the file is damaged or no single picture.
-        OSError: it cannot be read.
+    It is turned as its EXIF orientation says, and the words say so. Transparency is dropped. `window` is (level,
+    width) of the intensities that become 0–255 (see `intensity_range`). ValueError if the file is damaged or no single
+    picture, OSError if it cannot be read.
     """
     path = Path(path)
     pixels, remarks = decode(path.read_bytes(), path.name)
@@ -113,11 +104,8 @@ def load_picture(path, window: tuple[float, float] | None = None) -> tuple[np.nd
 def decode(data: bytes, name: str) -> tuple[np.ndarray, list[str]]:
     """Decode a picture file's bytes to grey (H, W, 1) or RGB (H, W, 3) in the file's own type, upright, opaque.
 
-    Returns:
-        The pixels, and [TURNED] where they lie otherwise than in the file.
-
-    Raises:
-        ValueError: the data are damaged, not a picture, or more than one.
+    The list is [TURNED] where the pixels lie otherwise in the file. ValueError if the data are damaged, not a picture,
+    or more than one.
     """
     if data[:4] in (b"II+\0", b"MM\0+"):
         raise ValueError(f"{name}: file: expected a classic TIFF, found a BigTIFF, whose fields are not read")
@@ -131,35 +119,40 @@ def decode(data: bytes, name: str) -> tuple[np.ndarray, list[str]]:
     tiff = tiff_fields(data)
     if tiff.get(PHOTOMETRIC) == INVERTED and pixels.itemsize > 1:            # OpenCV inverts those of 8 bits itself
         pixels = -pixels if pixels.dtype.kind == "f" else ~pixels
-    fields = tiff
-    for kind, start, end in sections(data):
-        if kind in (b"eXIf", b"\xff\xe1"):
-            fields = fields or tiff_fields(data[start:end].removeprefix(b"Exif\0\0"))
-    turned = 2 <= fields.get(ORIENTATION, 1) <= 8
+    stored, _ = pages_of(data, cv2.IMREAD_IGNORE_ORIENTATION)                # it turns TIFFs all the same
+    turned = 2 <= tiff.get(ORIENTATION, 1) <= 8 or not np.array_equal(stored, pages, equal_nan=True)
     return pixels, [TURNED] if turned else []
 
 
-def pages_of(data: bytes) -> tuple[tuple[np.ndarray, ...], bytes]:
+def pages_of(data: bytes, flags: int = 0) -> tuple[tuple[np.ndarray, ...], bytes]:
     """Decode a file's pages, none if it is damaged; give them, and what was written on standard error meanwhile.
 
     The JPEG library says nowhere else that it had to guess pixels.
     """
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)        # our one line instead of its several
+    pages, flags = (), flags | cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH
+    with hushed() as written, suppress(cv2.error):
+        _, pages = cv2.imdecodemulti(np.frombuffer(data, np.uint8), flags)
+    return pages, written[0]
+
+
+@contextmanager
+def hushed():
+    """Hide what image libraries write on standard error, and give it as the one item of a list afterwards.
+
+    What is none of their COMPLAINTS is passed on: other threads may write too, as infer.py reads ahead.
+    """
+    written, stderr = [], os.dup(2)
     with tempfile.TemporaryFile() as file:
-        stderr = os.dup(2)
         os.dup2(file.fileno(), 2)
         try:
-            _, pages = cv2.imdecodemulti(np.frombuffer(data, np.uint8), cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
-        except cv2.error:
-            pages = ()
+            yield written
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
-        file.seek(0)
-        complaints = file.read()
-    # Other threads may have written too: infer.py reads ahead.
-    os.write(2, re.sub(rb"(Corrupt JPEG|Invalid SOS|Inconsistent|libpng)[^\n]*\n", b"", complaints))
-    return pages, complaints
+            file.seek(0)
+            written.append(file.read())
+            os.write(2, COMPLAINTS.sub(b"", written[0]))
 
 
 def is_damaged(data: bytes, complaints: bytes) -> bool:
@@ -167,29 +160,16 @@ def is_damaged(data: bytes, complaints: bytes) -> bool:
 
     A decoder that damage has led astray may reach the last pixel too soon, and says nothing of what is left over.
     """
-    scan = next((start for kind, start, _ in sections(data) if kind == b"\xff\xda"), 0)
-    end = data.find(b"\xff\xd9", scan)
+    place = 2
+    while data[place:place + 1] == b"\xff" and data[place:place + 2] != b"\xff\xda":     # segments before the pixels
+        place += 2 + int.from_bytes(data[place + 2:place + 4], "big")
+    end = data.find(b"\xff\xd9", place)
     pages, missed = pages_of(data[:end - 2] + data[end:])
     return b"Corrupt JPEG" in complaints or bool(pages) and b"Corrupt JPEG" not in missed
 
 
-def sections(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Give (kind, start, end) of the body of each chunk of a PNG, or of each segment before the pixels of a JPEG."""
-    png = data.startswith(PNG)
-    place = 8 if png else 2
-    while place < len(data) and (png or data[place] == 0xFF):
-        if png:
-            kind, size = data[place + 4:place + 8], data[place:place + 4]
-            start, end = place + 8, place + 8 + int.from_bytes(size, "big")
-        else:
-            kind, size = data[place:place + 2], data[place + 2:place + 4]
-            start, end = place + 4, place + 2 + int.from_bytes(size, "big")
-        yield kind, start, end
-        place = end + 4 if png else end                                      # behind the checksum
-
-
 def tiff_fields(data: bytes) -> dict[int, int]:
-    """Read the fields of 16 bits in the first directory of TIFF or EXIF data; empty where there is none."""
+    """Read the fields of 16 bits in the first directory of a TIFF; empty where there is none."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[:4])
     if order is None:
         return {}
@@ -211,11 +191,14 @@ def save_label_picture(path, segs: np.ndarray) -> None:
     count = int(segs.max()) + 1
     png = cv2.imencode(".png", segs.astype(np.uint8 if count <= 256 else np.uint16))[1].tobytes()
     if count <= 256:
-        # Grey and palette differ only in the header's colour type, here made 3, and in the palette behind it.
-        header = png_chunk(b"IHDR", png[16:25] + b"\3" + png[26:29])
-        png = png[:8] + header + png_chunk(b"PLTE", colours(count).tobytes()) + png[33:]
+        png = with_colour_type(png, 3, png_chunk(b"PLTE", colours(count).tobytes()))
     with whole_file(path) as temporary:
         temporary.write_bytes(png)
+
+
+def with_colour_type(png: bytes, kind: int, palette: bytes = b"") -> bytes:
+    """Turn a grey PNG (0) into one with a palette (3), or back: they differ only in the header and the palette."""
+    return png[:8] + png_chunk(b"IHDR", png[16:25] + bytes([kind]) + png[26:29]) + palette + png[33:]
 
 
 def png_chunk(kind: bytes, body: bytes) -> bytes:

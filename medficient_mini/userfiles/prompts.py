@@ -1,4 +1,4 @@
-"""Boxes and points for users' own pictures and NIfTI volumes: from the command line or a CSV file to a Case.
+"""Boxes and points for users' own pictures and volumes: from the command line or a CSV file to a Case.
 
 Coordinates are pixels (voxel indices i j k) of the original file, zero-based, inclusive.
 """
@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import list_files
 from ..inference.boxes import check_boxes, check_points
 from ..inference.compose import Composition
 from ..inference.names import composed
 from ..inference.npz import Case, modality_of
 from ..inference.predictor import Predictor
-from .nifti import AXES, load_nifti
-from .pictures import PICTURES, VOLUMES, WINDOWS, is_nifti, load_picture, parse_window
+from .pictures import WINDOWS, is_picture, load_picture, parse_window
+from .volumes import AXES, list_images, load_volume
 
 # The headings of a table's columns behind the file's name, without "_" and capitals.
 HEADINGS = ("x0 y0 x1 y1", "x1 y1 x2 y2", "xmin ymin xmax ymax", "i0 j0 k0 i1 j1 k1", "x y w h",
@@ -22,45 +21,51 @@ HEADINGS = ("x0 y0 x1 y1", "x1 y1 x2 y2", "xmin ymin xmax ymax", "i0 j0 k0 i1 j1
 
 
 def add_prompt_options(parser) -> None:
-    """Add the options of infer.py for pictures and NIfTI files to an argparse parser."""
-    group = parser.add_argument_group("your own pictures (PNG, JPEG, TIFF, BMP) and NIfTI volumes",
+    """Add the options of infer.py for pictures and volumes to an argparse parser."""
+    group = parser.add_argument_group("your own pictures (PNG, JPEG, TIFF, BMP) and volumes (NIfTI, DICOM, NRRD, MHA)",
                                       "coordinates are pixels or voxel indices of the file, counted from 0, inclusive")
-    group.add_argument("--box", nargs="+", type=float, action="append", default=[], metavar="N",
-                       help="x0 y0 x1 y1, or i0 j0 k0 i1 j1 k1 of a NIfTI volume; repeat for more objects")
-    group.add_argument("--boxes", type=Path, metavar="CSV", help="lines of: file, x0, y0, x1, y1 (or six numbers)")
+    add = group.add_argument
+    add("--box", nargs="+", type=float, action="append", default=[], metavar="N",
+        help="x0 y0 x1 y1, or i0 j0 k0 i1 j1 k1 of a volume; repeat for more objects")
+    add("--boxes", type=Path, metavar="CSV", help="lines of: file, x0, y0, x1, y1 (or six numbers)")
     point = dict(nargs=2, type=float, action="append", default=[], metavar=("X", "Y"))
-    group.add_argument("--point", **point, help="a point on the object")
-    group.add_argument("--not", **point, dest="background", help="a point beside the object")
-    group.add_argument("--pick", action="store_true", help="draw the boxes in a window, masks appear at once")
-    group.add_argument("--z", nargs=2, type=int, metavar=("FIRST", "LAST"),
-                       help="slices that boxes of four numbers span in a volume, indices along the slicing axis")
-    group.add_argument("--slice", type=int, metavar="K", help="the slice they were drawn on (default: the middle one)")
-    group.add_argument("--axis", choices=AXES, default="axial", help="direction of the slices (default: axial)")
-    group.add_argument("--window", nargs="+", metavar=("LEVEL", "WIDTH"),
-                       help=f"intensities that become 0-255: two numbers, or {', '.join(WINDOWS)} "
-                            "(default: 0.5 and 99.5 percentiles; 8 bits stay as they are)")
+    add("--point", **point, help="a point on the object")
+    add("--not", **point, dest="background", help="a point beside the object")
+    add("--pick", action="store_true", help="draw the boxes in a window, masks appear at once")
+    add("--z", nargs=2, type=int, metavar=("FIRST", "LAST"),
+        help="slices that boxes of four numbers span in a volume, indices along the slicing axis")
+    add("--slice", type=int, metavar="K", help="the slice they were drawn on (default: the middle one)")
+    add_reading_options(group)
+
+
+def add_reading_options(parser) -> None:
+    """Add the options that say how files are read, which infer.py and convert share."""
+    add = parser.add_argument
+    add("--axis", choices=AXES, default="axial", help="direction of a volume's slices (default: axial)")
+    add("--series", type=int, metavar="N", help="which of the series in a DICOM folder (without it they are listed)")
+    add("--window", nargs="+", metavar=("LEVEL", "WIDTH"),
+        help=f"intensities that become 0-255: two numbers, or {', '.join(WINDOWS)} "
+             "(default: 0.5 and 99.5 percentiles; 8 bits stay as they are)")
 
 
 def check_prompts(arguments) -> None:
     """Refuse options that contradict each other, and turn the words of --window into level and width.
 
-    The attribute `own_files` is added: whether pictures and NIfTI files are meant, not NPZ cases.
-
-    Raises:
-        ValueError: one line that starts with the option.
+    The attribute `own_files` is added: whether pictures and volumes are meant, not NPZ cases. ValueError, one line that
+    starts with the option.
     """
     boxes, points = arguments.box, arguments.point + arguments.background
     lengths = [len(box) for box in boxes if len(box) not in (4, 6)]
-    refused = [
-        (lengths, f"--box: expected 4 numbers, or 6 for a volume, found {lengths}"),
-        (arguments.boxes and (boxes or points), "--boxes: expected no --box, --point or --not beside it, found one"),
-        (points and len(boxes) > 1, f"--point, --not: expected one --box at most beside them, found {len(boxes)}"),
-        (points and not arguments.point and not boxes, "--not: expected a --point or a --box beside it, found none"),
-        (arguments.pick and (boxes or points or arguments.boxes or arguments.z),
-         "--pick: expected no other boxes, points or slices beside it, found some"),
-        (arguments.slice is not None and arguments.z is None, "--slice: expected --z beside it, found none"),
-    ]
-    for wrong, line in refused:
+    refused = {
+        f"--box: expected 4 numbers, or 6 for a volume, found {lengths}": lengths,
+        "--boxes: expected no --box, --point or --not beside it, found one": arguments.boxes and (boxes or points),
+        f"--point, --not: expected one --box at most beside them, found {len(boxes)}": points and len(boxes) > 1,
+        "--not: expected a --point or a --box beside it, found none": points and not arguments.point and not boxes,
+        "--pick: expected no other boxes, points or slices beside it, found some":
+            arguments.pick and (boxes or points or arguments.boxes or arguments.z),
+        "--slice: expected --z beside it, found none": arguments.slice is not None and arguments.z is None,
+    }
+    for line, wrong in refused.items():
         if wrong:
             raise ValueError(line)
     arguments.window = parse_window(arguments.window)
@@ -71,11 +76,8 @@ def read_boxes(path: Path) -> dict[str, list[list[float]]]:
     """Read a CSV file with lines `file, x0, y0, x1, y1` or `file, i0, j0, k0, i1, j1, k1` as boxes by file name.
 
     The first line may be a heading, any word and then one of HEADINGS; under `x y w h` the last two are counts of
-    pixels. File names are given in one Unicode form (NFC), as macOS writes another than most.
-
-    Raises:
-        ValueError: a line that is neither of these, by its number, or no line at all.
-        OSError: the file cannot be read.
+    pixels. File names are given in one Unicode form (NFC), as macOS writes another than most. ValueError for a line
+    that is neither, by its number, or no line at all, OSError if the file cannot be read.
     """
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     delimiter = ";" if lines and ";" in lines[0] else ","
@@ -102,84 +104,68 @@ def read_boxes(path: Path) -> dict[str, list[list[float]]]:
 
 
 def list_user_files(arguments) -> tuple[dict[Path, list[list[float]]], list[str]]:
-    """Find the pictures and NIfTI files of --input, each with its boxes: those that --boxes has for it, else --box.
+    """Find the pictures and volumes of --input, sorted, each with its boxes: those that --boxes has for it, else --box.
 
     In the CSV file a name is a path below the input folder; a bare name that is no such path means the files of that
-    name in subfolders.
-
-    Returns:
-        boxes by path, sorted; and a line for each name in the CSV file that no file bears.
-
-    Raises:
-        ValueError: there is no picture or NIfTI file, or the CSV file names none of them.
+    name in subfolders. Returned is also a line for each name that no file bears. ValueError where there is no picture
+    or volume, or the CSV file names none of them.
     """
-    source, files = arguments.input, list_files(arguments.input, PICTURES + VOLUMES)
+    source = arguments.input.absolute()                                        # "." has no name
+    files = list_images(source)
     if not arguments.boxes:
-        return {path: arguments.box for path in files}, []
-    table, folder = read_boxes(arguments.boxes), source if source.is_dir() else source.parent
+        return dict.fromkeys(files, arguments.box), []
+    table, folder = read_boxes(arguments.boxes), source.parent if source in files else source
     names = {path: composed(path.relative_to(folder).as_posix()) for path in files}
-    chosen, named, there = {}, set(), set(names.values())
+    chosen, there = {}, set(names.values())
     for path, name in names.items():
         bare = composed(path.name)
         key = name if name in table or bare in there else bare
         if key in table:
             chosen[path] = table[key]
-            named.add(key)
+            there.add(key)
     if not chosen:
         raise ValueError(f"{source}: expected the files that {arguments.boxes.name} names, found none of them")
     lines = [f"{name}: file: expected in {source}, as {arguments.boxes.name} names it, found none"
-             for name in table if name not in named and source.is_dir()]
+             for name in table if name not in there and folder == source]
     return chosen, lines
 
 
 def read_user_case(path: Path, boxes: list[list[float]], arguments) -> Case:
-    """Read a picture or NIfTI file and check its prompts as a challenge case's are checked.
+    """Read a picture or volume and check its prompts as a challenge case's are checked.
 
     In the Case, boxes lie on the slices as they will be shown; points come with at most one box and only in 2D.
-    Without any prompt there are no boxes (`--pick` draws them).
-
-    Raises:
-        ValueError: one line, "<file name>: <field>: expected …, found …".
+    Without any prompt there are no boxes (`--pick` draws them). ValueError of one line, "<field>: expected …".
     """
     case = Case(path.name, modality_of(path))
-    if is_nifti(path):
-        _read_volume(case, path, boxes, arguments)
-    else:
-        _read_picture(case, path, boxes, arguments)
-    return case
-
-
-def _read_picture(case: Case, path: Path, boxes: list[list[float]], arguments) -> None:
-    if arguments.z:
-        raise ValueError("--z: expected a NIfTI volume, found a picture")
-    if any(len(box) != 4 for box in boxes):
-        raise ValueError("boxes: expected 4 numbers x0 y0 x1 y1 in a picture, found 6")
-    case.image, case.intensity = load_picture(path, arguments.window)
-    case.boxes, case.warnings = check_boxes(boxes, case.shape, path.name)
     points = arguments.point + arguments.background
+    if is_picture(path):
+        if arguments.z:
+            raise ValueError("--z: expected a volume, found a picture")
+        if any(len(box) != 4 for box in boxes):
+            raise ValueError("boxes: expected 4 numbers x0 y0 x1 y1 in a picture, found 6")
+        case.image, case.intensity = load_picture(path, arguments.window)
+        case.boxes, case.warnings = check_boxes(boxes, case.shape, path.name)
+        if points:
+            labels = np.repeat([1, 0], [len(arguments.point), len(arguments.background)])
+            case.points, case.point_labels = check_points(points, labels, case.shape)
+            if not boxes:
+                case.warnings.append(f"{path.name}: points without a box: weights trained on boxes alone, such as the "
+                                     "default ones and LiteMedSAM's, answer them badly; see the overlay, or give a --box")
+        return case
     if points:
-        labels = np.repeat([1, 0], [len(arguments.point), len(arguments.background)])
-        case.points, case.point_labels = check_points(points, labels, case.shape)
-        if not boxes:
-            case.warnings.append(f"{path.name}: points without a box: weights trained on boxes alone, such as the "
-                                 "default ones and LiteMedSAM's, answer them badly; see the overlay, or give a --box")
-
-
-def _read_volume(case: Case, path: Path, boxes: list[list[float]], arguments) -> None:
-    if arguments.point or arguments.background:
         raise ValueError("--point, --not: expected a picture, found a volume, which needs a box")
-    case.volume, case.grid, case.intensity = load_nifti(path, arguments.axis, arguments.window)
-    case.spacing = case.grid.spacing
     if arguments.z is None and any(len(box) == 4 for box in boxes):
         raise ValueError("boxes: expected 6 numbers i0 j0 k0 i1 j1 k1 in a volume, or --z with boxes of 4, found 4")
-    axis = case.grid.order[0]                                                  # of the file, that the slices lie along
+    case.volume, grid, case.intensity = load_volume(path, arguments.axis, arguments.window, arguments.series)
+    case.grid, case.spacing, axis = grid, grid.spacing, grid.order[0]          # of the file, that slices lie along
     boxes = [box if len(box) == 6 else np.insert(np.reshape(box, (2, 2)), axis, arguments.z, axis=1).ravel()
              for box in boxes]
-    checked, case.warnings = check_boxes(boxes, case.grid.shape[::-1], path.name)
-    case.boxes = case.grid.boxes_to_slices(checked)
+    checked, case.warnings = check_boxes(boxes, grid.shape[::-1], path.name)
+    case.boxes = grid.boxes_to_slices(checked)
     if arguments.slice is not None:
-        drawn = case.grid.shape[axis] - 1 - arguments.slice if case.grid.flip[0] else arguments.slice
+        drawn = grid.shape[axis] - 1 - arguments.slice if grid.flip[0] else arguments.slice
         case.drawn_slice = np.full(len(case.boxes), drawn)
+    return case
 
 
 def segment_points(model, case: Case) -> Composition:

@@ -12,22 +12,23 @@ from ..inference.checkpoint import resolve
 from ..inference.compose import Composition, lost_objects
 from ..inference.npz import Case, write_segs
 from ..show.draw import contact_sheet, overlay, save_png
-from .nifti import save_label_nifti
-from .pictures import is_nifti, save_label_picture, stem_of
+from .pictures import save_label_picture, stem_of
+from .volumes import mask_ending, parts_of, save_labels
 
 # The options that decide a result, besides the files of weights.
 DECISIVE = ("precision", "propagation", "overlap", "separate", "z_exclusive", "point", "background", "pick", "z",
-            "slice", "axis", "window")
+            "slice", "axis", "window", "series")
 FIELDS = ("boxes", "points", "point_labels", "intensity", "spacing")
 POINT_COLOURS = (230, 0, 0), (0, 200, 0)        # beside the object, on it
 
 
 def digest(path) -> str:
-    """Return a short hash of a file's content, which stays the same when the file is copied or touched."""
+    """Return a short hash of a file's content, or a DICOM folder's, which stays when it is copied or touched."""
     found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            found.update(piece)
+    for part in parts_of(Path(path)):
+        with open(part, "rb") as file:
+            while piece := file.read(1 << 20):
+                found.update(piece)
     return found.hexdigest()[:16]
 
 
@@ -39,23 +40,20 @@ def what_decides(arguments) -> dict:
 
 
 def made_with(path: Path, boxes, decisive: dict) -> str:
-    """Describe what decides the result of one input file: its content, boxes given beside it, and `decisive`; JSON."""
+    """Describe what decides the result of one input: its content, boxes given beside it, and `decisive`; JSON."""
     return json.dumps({"input": digest(path), **decisive, "boxes": boxes})
 
 
 def mask_file(name, arguments) -> Path:
-    """Return where the masks of a user's own file of that name go: STEM_mask.png, or STEM_mask.nii.gz."""
-    return arguments.output / f"{stem_of(name)}_mask.{'nii.gz' if is_nifti(name) else 'png'}"
+    """Return where the masks of a user's own file of that name go, such as STEM_mask.png."""
+    return arguments.output / f"{stem_of(name)}_mask{mask_ending(name)}"
 
 
 def what_changed(origin: str, result: Path, mask: Path | None = None) -> str:
     """Compare what would make a result now, as `made_with` says it, with what made it, the field of that name.
 
-    Args:
-        mask: the file of `mask_file`, which belongs to the result of a user's own file.
-
-    Returns:
-        "new" where there is no result, else what differs, in words: none where nothing does.
+    `mask` is the file that belongs to the result of a user's own file. Returned is "new" where there is no result,
+    else what differs, in words: none where nothing does.
     """
     if not result.exists():
         return "new"
@@ -76,8 +74,10 @@ def show(case: Case, labels: np.ndarray, arguments) -> None:
     """
     if not (arguments.own_files or arguments.overlay):
         return
-    draw = contact_sheet if case.is_3d else overlay
-    picture = draw(case.volume if case.is_3d else case.image, labels, case.boxes)
+    if case.is_3d:
+        picture = contact_sheet(case.volume, labels, case.boxes)
+    else:
+        picture = overlay(case.image, labels, case.boxes)
     if case.points is not None:
         scale = picture.shape[0] / case.shape[0]
         for point, label in zip(case.points, case.point_labels):
@@ -90,20 +90,17 @@ def show(case: Case, labels: np.ndarray, arguments) -> None:
 def write(case: Case, found: Composition, arguments, origin: str, seconds: float):
     """Write the masks of a case, its picture and its row of efficiency.csv.
 
-    Of a user's own file the labels become STEM_mask.png, or STEM_mask.nii.gz on the file's own grid, and STEM.npz
-    holds its `boxes`, `points`, `intensity` and `spacing` as they lie on the slices beside `segs`. With --separate,
-    where objects overlap, the NPZ also holds each object's own mask: `masks` bool (N, H, W) of an image, `bits` of a
-    volume (see `Composition`). The NPZ comes after the mask file, and what is mere decoration
-    behind it: where both are, the case is finished.
-
-    Returns:
-        A line for each object that was lost, and one for the picture and the row each, if it could not be written.
+    Of a user's own file the labels become STEM_mask.png, or a volume on the file's own grid, and STEM.npz holds its
+    `boxes`, `points`, `intensity` and `spacing` as they lie on the slices beside `segs`. With --separate, where objects
+    overlap, the NPZ also holds each object's own mask: `masks` bool (N, H, W) of an image, `bits` of a volume (see
+    `Composition`). The NPZ comes after the mask file, and what is mere decoration behind it: where both are, the case
+    is finished. Returned is a line for each object that was lost, and one for picture and row each, if not written.
     """
     fields, lost, faults = {"made_with": origin}, lost_objects(found), []
     if arguments.own_files:
         fields |= {name: getattr(case, name) for name in FIELDS if getattr(case, name) is not None}
         if case.is_3d:
-            save_label_nifti(mask_file(case.name, arguments), found.labels, case.grid)
+            save_labels(mask_file(case.name, arguments), found.labels, case.grid)
         else:
             save_label_picture(mask_file(case.name, arguments), found.labels)
     if arguments.separate and found.mask_sizes.sum() > found.kept_sizes().sum():

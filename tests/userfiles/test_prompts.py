@@ -110,7 +110,7 @@ def test_matching_a_table_takes_one_look_at_each_file(tmp_path, monkeypatch):  #
     """Fault 16: with 400 files the names were compared 160,000 times."""
     from medficient_mini.userfiles import prompts
     files, calls = [tmp_path / f"{k}.png" for k in range(400)], []
-    monkeypatch.setattr(prompts, "list_files", lambda *_: files)
+    monkeypatch.setattr(prompts, "list_images", lambda *_: files)
     monkeypatch.setattr(prompts, "composed", lambda name: calls.append(name) or name)
     (tmp_path / "b.csv").write_text("".join(f"{k}.png,1,2,3,4\n" for k in range(400)))
     assert len(list_user_files(parse(f"--boxes {tmp_path / 'b.csv'}", tmp_path))[0]) == 400 and len(calls) <= 1200
@@ -131,7 +131,7 @@ def test_a_picture_with_boxes_and_points(picture):
     ("--box 1 2 3 4 5 6", "boxes: expected 4 numbers"), ("--box 5 2 3 4", "boxes: expected the lower corner"),
     ("--box 50 2 60 4", "boxes: expected a box that touches"), ("--box nan 2 60 4", "boxes: expected finite"),
     ("--point 40 4", "points: expected them in"), ("--point nan 4", "points"),
-    ("--box 1 2 3 4 --z 1 2", "--z: expected a NIfTI")])
+    ("--box 1 2 3 4 --z 1 2", "--z: expected a volume")])
 def test_bad_prompts_on_a_picture(picture, words, line):
     with pytest.raises(ValueError, match=f"^{line}[^\n]*$"):
         read(picture, words)
