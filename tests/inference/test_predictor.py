@@ -223,3 +223,9 @@ def test_labels_of_points_are_whole(labels):                                 # f
     labels = torch.tensor(labels)
     with pytest.raises(ValueError, match="point labels: expected"):
         predictor.predict_torch(torch.full((1, labels.shape[1], 2), 9.0), labels, torch.tensor([[5.0, 5, 60, 50]]))
+
+
+def test_a_box_at_the_last_pixel_of_a_shrunk_image():                        # float32 rounds it to beyond the border
+    predictor = Predictor(BrightSam())
+    predictor.set_image(np.zeros((60, 1000), np.uint8))
+    assert predictor.predict(box=[999, 59, 999, 59])[0].shape == (3, 60, 1000)
