@@ -8,7 +8,6 @@ machine meets all alike. Cold processes run infer.py, from the start of Python t
 their largest resident size.
 """
 import argparse
-import math
 import subprocess
 import sys
 import tempfile
@@ -51,7 +50,7 @@ def draw_case(name):
     """Draw a case of CASES: uint8 (H, W, 3) or (D, H, W), with a bright square in each of the boxes (N, 4 or 6)."""
     depth, height, width, count = CASES[name]
     pixels = np.random.default_rng(0).integers(20, 110, (height, width), np.uint8)
-    columns = math.ceil(count**0.5)                                           # the squares stand in a square grid
+    columns = int(count**0.5) + 1                                             # the squares stand in a square grid
     side = min(height, width) // columns // 2
     corners = np.stack(np.divmod(np.arange(count), columns), axis=1) * 2 * side
     for x, y in corners:
@@ -62,18 +61,14 @@ def draw_case(name):
     return np.stack([pixels] * depth), np.insert(boxes, [2, 4], [0, depth - 1], axis=1)
 
 
-def run_cold(folder, case, *options):
-    """Run infer.py in a new process on a case of CASES, written to `folder`: its seconds and peak memory in MB.
-
-    RuntimeError, with the last line that it wrote, where it fails.
-    """
+def run_cold(folder, case, weights, *options):
+    """Run infer.py in a new process on a case of CASES, written to `folder`: its seconds and peak memory in MB."""
     path, (pixels, boxes) = f"{folder}/{case}_CT_bench.npz", draw_case(case)
     np.savez_compressed(path, imgs=pixels, boxes=boxes, spacing=np.ones(3))
-    command = [sys.executable, "infer.py", "-i", path, "-o", f"{folder}/masks", "--overwrite", *options]
-    done = subprocess.run([sys.executable, "-c", BETWEEN, *command], text=True, capture_output=True,
-                          cwd=Path(__file__).parents[2])
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().rpartition("\n")[2])
+    command = [sys.executable, "infer.py", "-i", path, "-o", f"{folder}/masks", "--overwrite",
+               "--weights", str(weights), *options]
+    done = subprocess.run([sys.executable, "-c", BETWEEN, *command], cwd=Path(__file__).parents[2], check=True,
+                          stdout=subprocess.PIPE, text=True)
     seconds, peak = map(float, done.stdout.split()[-2:])
     return seconds, peak * (1 if sys.platform == "darwin" else 1024) / 1e6    # macOS counts bytes, Linux KiB
 
@@ -93,8 +88,7 @@ def table_5(folder):
     for name, published in PUBLISHED.items():
         model, weights = build_sam(name).eval(), f"{folder}/{name}.pth"
         torch.save(model.state_dict(), weights)
-        options = ("--weights", weights, "--propagation", "published")
-        seconds, peaks = zip(run_cold(folder, "2D", *options), run_cold(folder, "3D", *options))
+        seconds, peaks = zip(*(run_cold(folder, case, weights, "--propagation", "published") for case in ("2D", "3D")))
         with torch.inference_mode(), FlopCounterMode(display=False) as counter:
             model.decode(model.image_encoder(torch.zeros(1, 3, model.image_size, model.image_size)), torch.ones(1, 4))
         ours = (counter.get_total_flops() / 2e9, *seconds, *peaks)
@@ -129,7 +123,7 @@ def compare_forms(weights, folder):
     print_times("2D case, warm", forms, lambda form: segment_image(form, image, boxes))
     print_times("3D case, warm", forms, lambda form: segment_volume(form, *volume), rounds=1)
     for case in CASES:
-        cold = [run_cold(folder, case, "--weights", str(weights), "--precision", form) for form in list(forms)[1:]]
+        cold = [run_cold(folder, case, weights, "--precision", form) for form in list(forms)[1:]]
         print_row(f"{case} case, cold", "–", *("{:.2f} s, {:.0f} MB".format(*found) for found in cold))
 
 

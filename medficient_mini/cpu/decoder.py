@@ -80,16 +80,12 @@ class FastDecoder:
             image = read_tokens(layer.cross_attn_image_to_token, image, placed, tokens + token_pe, tokens)
             image = layer_norm(image, layer.norm4)                            # (N, 4096, 256)
         read = read_image(transformer.final_attn_token_to_image, tokens + token_pe, image + self.positions, image)
-        kernels, iou = self.decoder.heads(transformer.norm_final_attn(tokens + read), multimask)
+        kernels, iou = self.decoder.heads(transformer.norm_final_attn(tokens + read), multimask)    # (N, M, 32), (N, M)
         logits = torch.empty(*iou.shape, 256, 256)
         for k, kernel in enumerate(kernels):       # the image at four times its side is held for one prompt at a time
-            logits[k] = self.upscale(image[k], kernel)
+            x = F.linear(image[k], *self.up[0]).reshape(-1, 64)               # (4096·4, 64)
+            x = F.gelu(layer_norm(x, self.norm))
+            x = F.gelu(F.linear(x, *self.up[1])).reshape(-1, 32)              # (4096·4·4, 32)
+            x = (kernel @ x.T.float()).reshape(-1, 64, 64, 2, 2, 2, 2)        # (M, y, x, dy, dx, dy, dx)
+            logits[k] = x.permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, 256, 256)
         return logits, iou                                                    # (N, M, 256, 256), (N, M)
-
-    def upscale(self, image: Tensor, kernels: Tensor) -> Tensor:
-        """The logits (M, 256, 256) of one prompt from its image (4096, 256) and M kernels (M, 32)."""
-        x = F.linear(image, *self.up[0]).reshape(-1, 64)                      # (4096·4, 64)
-        x = F.gelu(layer_norm(x, self.norm))
-        x = F.gelu(F.linear(x, *self.up[1])).reshape(-1, 32)                  # (4096·4·4, 32)
-        logits = (kernels @ x.T.float()).reshape(-1, 64, 64, 2, 2, 2, 2)      # (M, y, x, dy, dx, dy, dx)
-        return logits.permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, 256, 256)

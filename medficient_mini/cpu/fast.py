@@ -22,7 +22,7 @@ OPERATORS = ("mkldnn._reorder_convolution_weight", "mkldnn._convolution_pointwis
              "onednn.qconv_prepack", "onednn.qconv2d_pointwise")
 
 
-def resolve_precision(precision: str = "auto") -> str:
+def resolve_precision(precision: str) -> str:
     """Turn "auto" into "bf16" where the CPU has it, else "f32"; other names stay. ValueError for an unknown one."""
     if precision not in PRECISIONS:
         raise ValueError(f"--precision: expected one of {', '.join(PRECISIONS)}, found {precision}")
@@ -44,7 +44,7 @@ def missing_operator(precision: str) -> str | None:
     return None
 
 
-def to_fast(model: Sam, precision: str = "f32") -> nn.Module:
+def to_fast(model: Sam, precision: str) -> nn.Module:
     """Give a network on the CPU (in evaluation mode; it is not changed) its form for inference, of the same interface.
 
     `precision` is "f32", "bf16" or "int8". Returns a FastSam; or `model` itself, with one line on stderr, where torch
@@ -56,8 +56,6 @@ def to_fast(model: Sam, precision: str = "f32") -> nn.Module:
     if lacks := missing_operator(precision):
         print(f"precision {precision}: plain model used, the fast form lacks {lacks}", file=sys.stderr)
         return model
-    if precision == "bf16" and not native_bf16():
-        print("precision bf16: this CPU emulates it; f32 is likely faster", file=sys.stderr)
     return FastSam(model, precision)
 
 

@@ -2,17 +2,15 @@
 
     python -m medficient_mini.cpu.int8 -w weights.pth -i cases -o weights_int8.pth
 
-The file written is a quarter of the float one, serves every precision (it expands to float32) and is what
-`--precision int8` asks for. Four images of each modality are enough.
+The file is a quarter of the float one and serves every precision. Four images of each modality are enough.
 
 Inside the MBConv and fused MBConv blocks everything has 8 bits: the block's input is rounded to unsigned codes, each
-convolution (signed 8-bit weights) writes codes, GELU is a table of their 256 values, and the last convolution writes
-float32 and adds the residual. What flows between the blocks and every other layer stay in float.
+convolution (signed weights) writes codes, GELU is a table of their 256 values, and the last convolution writes float32
+and adds the residual. All else stays in float.
 
-Images differ in the size of their activations by a factor of thirty (colour against grey), so no fixed range serves
-all. Each block measures the largest absolute value m of its input, and its ranges are multiples of m: the
-calibration, saved beside the weights, the block's name before each key. `<block>.input` (1,) says that the input's
-range is ± that, `<block>.<layer>` (2,) the lowest and highest value before each GELU; layers stand in their order.
+Activations differ in size by a factor of thirty between images (colour against grey), so a block's ranges are multiples
+of the largest absolute value m of its input. They are the calibration, saved beside the weights by the block's name:
+`<block>.input` (1,), the input's range being ± that; `<block>.<layer>` (2,), lowest and highest value before each GELU.
 """
 import argparse
 import sys
@@ -34,8 +32,7 @@ from ..nets.efficientvit import ConvLayer, EfficientViTSam, FusedMBConv, MBConv,
 from ..show.progress import ProgressBar
 from .convolutions import fold
 
-LOWEST = -4.0                        # GELU of less is 0 (to 1e-4), so a code for it would be wasted
-GELU_MIN = -0.1701                   # the least value of GELU
+LOWEST, GELU_MIN = -4.0, -0.1701     # GELU of less than LOWEST is 0 (to 1e-4); and GELU's least value
 SAMPLES, BINS = 16384, 512           # values looked at of each activation map, and the bins that count them
 FRACTIONS = np.linspace(1.0, 0.2, 17)          # candidate clipping points, as fractions of the extremes
 Scale = tuple[float, int]            # step and zero of codes: value = (code - zero) · step
@@ -47,7 +44,7 @@ def gelu(x: np.ndarray) -> np.ndarray:
 
 
 def scale_of(lowest: float, highest: float) -> Scale:
-    """Step and zero of 256 codes over a range, which is widened to hold 0."""
+    """The scale of 256 codes over a range, which is widened to hold 0."""
     lowest, highest = min(lowest, 0.0), max(highest, 1e-6)
     step = (highest - lowest) / 255
     return step, round(-lowest / step)
@@ -65,34 +62,26 @@ def as_rows(x: Tensor) -> np.ndarray:
     return x.permute(0, 2, 3, 1).view(-1, x.shape[1]).numpy()
 
 
-def quantize(x: Tensor, step: float, zero: int) -> Tensor:
-    """A channels-last float32 map -> its codes, uint8 of the same shape, rounded and saturated in one pass."""
-    codes, rows = torch.empty_like(x, dtype=torch.uint8), as_rows(x)
-    cv2.addWeighted(rows, 1 / step, rows, 0.0, float(zero), dst=as_rows(codes), dtype=cv2.CV_8U)
-    return codes
-
-
 class QuantizedConv(nn.Module):
     """One convolution (with its batch norm) on codes."""
 
     def __init__(self, layer: ConvLayer):
         super().__init__()
         conv = fold(layer.conv, layer.norm)
-        self.bias, self.geometry = conv.bias.detach(), (list(conv.stride), list(conv.padding), [1, 1], conv.groups)
+        self.geometry, self.bias = (conv.stride, conv.padding, conv.dilation, conv.groups), conv.bias.detach()
         # One candidate, no clipping: weights that were packed in 8 bits give their stored integers again.
         self.weight, self.scales = quantize_rows(conv.weight.detach(), torch.ones(1))
         self.zeros = torch.zeros(len(self.bias), dtype=torch.int32)
 
     def forward(self, x: Tensor, source: Scale, target: Scale | None = None, residual: Tensor | None = None) -> Tensor:
-        """Convolve codes (B, inputs, H, W) uint8, channels-last, of scale `source`: (B, outputs, H/stride, W/stride).
+        """Convolve codes x (B, inputs, H, W) uint8 of scale `source`, channels-last: (B, outputs, H/stride, W/stride).
 
-        Writes uint8 codes of scale `target`; where that is None, float32, in the memory of a `residual` (float32,
-        channels-last) to which the result is added.
+        Gives codes of scale `target`, or float32 where that is None, then added to a `residual`, in its memory.
         """
         weight = self.weight
         if not weight.is_mkldnn:                   # oneDNN's best order of the weights depends on the size of the map
             weight = self.weight = torch.ops.onednn.qconv_prepack(
-                weight, self.scales, 1.0, 0, *self.geometry, list(x.shape))
+                weight, self.scales, 1.0, 0, *self.geometry, x.shape)
         convolve, addend, how = torch.ops.onednn.qconv2d_pointwise, [], []
         if residual is not None:
             convolve, addend, how = convolve.binary, [residual], [1.0, 0, "sum", 1.0]
@@ -102,10 +91,9 @@ class QuantizedConv(nn.Module):
 
 
 class QuantizedBlock(nn.Module):
-    """A Residual of nets/efficientvit.py with its MBConv or fused MBConv block in 8 bits."""
+    """A Residual of nets/efficientvit.py with its block in 8 bits; `ranges` is its calibration, in its order."""
 
     def __init__(self, plain: Residual, ranges: list[list[float]]):
-        """`ranges`: the block's part of the calibration, in its order."""
         super().__init__()
         self.shortcut, ((self.extent,), *self.ranges) = plain.shortcut, ranges
         self.convs = nn.ModuleList(QuantizedConv(layer) for layer in plain.main.children())
@@ -113,51 +101,46 @@ class QuantizedBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) float -> (B, outputs, H/stride, W/stride) float32; a float32 input takes the sum itself."""
         x = x.to(torch.float32, memory_format=torch.channels_last)
-        m = max(cv2.norm(as_rows(x), cv2.NORM_INF), 1e-6)
-        scale = scale_of(-self.extent * m, self.extent * m)
-        y = quantize(x, *scale)
+        rows, y = as_rows(x), torch.empty_like(x, dtype=torch.uint8)
+        m = max(cv2.norm(rows, cv2.NORM_INF), 1e-6)
+        step, zero = scale = scale_of(-self.extent * m, self.extent * m)
+        cv2.addWeighted(rows, 1 / step, rows, 0, zero, as_rows(y), cv2.CV_8U)          # it rounds and saturates
         for conv, (lowest, highest) in zip(self.convs, self.ranges):
             before = scale_of(max(lowest * m, LOWEST), highest * m)
             y = conv(y, scale, before).contiguous(memory_format=torch.channels_last)
             rows, (table, scale) = as_rows(y), gelu_table(*before)
-            cv2.LUT(rows, table, dst=rows)
+            cv2.LUT(rows, table, rows)
         return self.convs[-1](y, scale, residual=x if self.shortcut else None)
 
 
-def quantized_blocks(encoder: EfficientViTSam) -> dict[str, nn.Module]:
-    """The blocks that run in 8 bits, by name: FusedMBConv and MBConv of stages 1 to 4 and of the neck."""
-    return {name: block for name, block in encoder.named_modules() if isinstance(block, (FusedMBConv, MBConv))}
-
-
 def swap_blocks(encoder: EfficientViTSam, calibration: dict[str, Tensor]) -> None:
-    """Put QuantizedBlocks, in place and by name, where `encoder` has the residuals around its quantized blocks."""
-    for name in quantized_blocks(encoder):
-        ranges = [value.tolist() for key, value in calibration.items() if key.startswith(f"{name}.")]
-        residual = name.removesuffix(".main")
-        encoder.set_submodule(residual, QuantizedBlock(encoder.get_submodule(residual), ranges))
+    """Put QuantizedBlocks, in place and by name, where `encoder` has the Residuals that the calibration is of."""
+    for name in {key.rpartition(".main.")[0] for key in calibration}:
+        ranges = [value.tolist() for key, value in calibration.items() if key.startswith(f"{name}.main.")]
+        encoder.set_submodule(name, QuantizedBlock(encoder.get_submodule(name), ranges))
 
 
 class Observer:
     """Watches what goes into a module over the calibration images and finds the range of 8 bits that loses least.
 
-    `entry` is the observer of the block's input, whose largest absolute value m is the unit of all ranges; None for
-    that observer itself. Others watch what goes into GELU: errors count after it, and values below LOWEST not at all.
+    Without `entry` that is a block's input, whose largest absolute value m is the unit of all ranges. With the block's
+    `entry` it goes into GELU: errors count after it, and values below LOWEST not at all.
     """
 
-    def __init__(self, module: nn.Module, entry: "Observer | None" = None):
+    def __init__(self, module: nn.Module, entry=None):
         self.entry, self.floor = entry, LOWEST if entry else -np.inf
         self.seen = []               # of each image: m, the centres of the bins (BINS,), the values in each (BINS,)
         self.hook = module.register_forward_pre_hook(self.count)
 
-    def count(self, module: nn.Module, inputs: tuple[Tensor]) -> None:
-        """Count a random sample of what goes into the module, a tensor of any shape."""
+    def count(self, module, inputs):
+        """Count a random sample of the values that go into the module."""
         values = inputs[0].flatten()
         m = self.entry.seen[-1][0] if self.entry else max(values.abs().max().item(), 1e-6)
         sample = values[torch.randint(len(values), (SAMPLES,))].clamp(min=self.floor)
-        counts, edges = np.histogram(sample.numpy(), BINS)
+        counts, edges = np.histogram(sample, BINS)
         self.seen.append((m, (edges[1:] + edges[:-1]) / 2, counts))
 
-    def loss(self, low: float, high: float) -> float:
+    def loss(self, low, high):
         """Squared error of codes over low · m … high · m relative to the values' squares, summed over the images."""
         after, total = gelu if self.entry else np.asarray, 0.0
         for m, values, counts in self.seen:
@@ -167,7 +150,7 @@ class Observer:
             total += counts @ error**2 / max(counts @ true**2, 1e-12)
         return total
 
-    def best_range(self) -> list[float]:
+    def best_range(self):
         """The range of least loss, in multiples of m: ± one number for a block's input, else lowest and highest."""
         if self.entry is None:
             return [min(FRACTIONS, key=lambda f: self.loss(-f, f))]
@@ -183,11 +166,11 @@ def calibrate(encoder: EfficientViTSam, inputs: list[Tensor]) -> dict[str, Tenso
     """The activation ranges of a float encoder over network inputs (1, 3, S, S); see the module for their names."""
     torch.manual_seed(0)                                       # of the samples that observers take
     observers = {}
-    for name, block in quantized_blocks(encoder).items():
-        entry = observers[f"{name}.input"] = Observer(block)
-        for child, layer in block.named_children():
-            if layer.act is not None:
-                observers[f"{name}.{child}"] = Observer(layer.act, entry)
+    for name, block in encoder.named_modules():
+        if isinstance(block, (FusedMBConv, MBConv)):
+            entry = observers[f"{name}.input"] = Observer(block)
+            *inner, _ = block.named_children()                 # no GELU follows the last layer
+            observers |= {f"{name}.{child}": Observer(layer.act, entry) for child, layer in inner}
     for x in ProgressBar(inputs, len(inputs), "activation ranges"):
         encoder(x)
     for observer in observers.values():
@@ -196,10 +179,7 @@ def calibrate(encoder: EfficientViTSam, inputs: list[Tensor]) -> dict[str, Tenso
 
 
 def network_inputs(folder: str, count: int, size: int) -> list[Tensor]:
-    """Network inputs (1, 3, size, size) of up to `count` cases of each modality, evenly spaced in the order of names.
-
-    Of a volume it is the middle slice.
-    """
+    """Network inputs (1, 3, size, size) of `count` cases of each modality, evenly spaced; of volumes the middle slice."""
     groups, inputs = {}, []
     for path in list_cases(folder):
         groups.setdefault(modality_of(path.name), []).append(path)
@@ -211,7 +191,7 @@ def network_inputs(folder: str, count: int, size: int) -> list[Tensor]:
     return inputs
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv=None) -> int:
     """Write an 8-bit checkpoint; 1 with a line on stderr where the weights or cases do not serve."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-w", "--weights", required=True, help="checkpoint of an EfficientViT network")

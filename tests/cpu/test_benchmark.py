@@ -55,11 +55,12 @@ def test_table_5(started, monkeypatch, capsys, tmp_path):
     assert row == f"| LiteMedSAM | 64 | 0.00 | {adds:.4g} (39.98) | 1.25 (5.1) | 1.25 (42.6) | 512 (–) | 614.4 (–) |"
 
 
-def test_a_process_that_fails_ends_the_benchmark(started, tmp_path, monkeypatch):
-    failed = SimpleNamespace(returncode=1, stderr="100 %\ncase.npz: boxes: expected some\n")
-    monkeypatch.setattr(benchmark.subprocess, "run", lambda command, **options: failed)
-    with pytest.raises(RuntimeError, match="^case.npz: boxes: expected some$"):
-        benchmark.run_cold(tmp_path, "2D")
+def test_a_process_that_fails_ends_the_benchmark(tmp_path, monkeypatch):
+    run = subprocess.run
+    monkeypatch.setattr(benchmark, "CASES", {"2D": (1, 60, 40, 4)})
+    monkeypatch.setattr(benchmark.subprocess, "run", lambda command, **options: run(["false"], **options))
+    with pytest.raises(subprocess.CalledProcessError):
+        benchmark.run_cold(tmp_path, "2D", "weights.pth")
 
 
 def test_the_process_between_reports_the_other_ones_memory():

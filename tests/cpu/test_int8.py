@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from medficient_mini.cpu import fast
 from medficient_mini.cpu.convolutions import fold
 from medficient_mini.cpu.int8 import (LOWEST, Observer, QuantizedBlock, QuantizedConv, calibrate,
-                                      gelu_table, main, network_inputs, quantize, quantized_blocks, scale_of)
+                                      gelu_table, main, network_inputs, scale_of)
 from medficient_mini.inference.checkpoint import atomic_torch_save
 from medficient_mini.inference.packing import expand_state, pack_state, quantize_rows
 from medficient_mini.nets.efficientvit import ConvLayer, FusedMBConv, MBConv, Residual
@@ -69,14 +69,6 @@ def test_packing_twice_loses_nothing():
 
 # ------------------------------------------------------------------------------------------------------ 8-bit pieces
 
-def test_quantize_rounds_and_saturates():
-    x = channels_last(2, 5, 3, 4)
-    step, zero = scale_of(-1.0, 1.5)
-    codes = quantize(x, step, zero)
-    assert codes.dtype == torch.uint8 and codes.shape == x.shape
-    assert ((codes.float() - zero) * step - x.clamp(-zero * step, (255 - zero) * step)).abs().max() <= step * 0.51
-
-
 @pytest.mark.parametrize("lowest, highest", [(-4.0, 6.0), (-0.5, 2.0), (0.0, 3.0), (-2.0, -0.5)])
 def test_gelu_table(lowest, highest):
     step, zero = scale_of(lowest, highest)
@@ -84,6 +76,10 @@ def test_gelu_table(lowest, highest):
     values = (torch.arange(256) - zero) * step
     found = (torch.from_numpy(table).float() - after_zero) * after_step
     assert (found - F.gelu(values, approximate="tanh")).abs().max() <= after_step * 0.51
+
+
+def coded(x, step, zero):
+    return (x / step + zero).round().clamp(0, 255).to(torch.uint8)
 
 
 @needs_int8
@@ -96,7 +92,7 @@ def test_convolution_of_codes(kernel, stride, groups):
     integers, scale = quantize_rows(folded.weight.detach(), torch.ones(1))
     conv = QuantizedConv(layer)
     for source in (scale_of(-1.0, 2.0), scale_of(-30.0, 20.0)):               # zero is not code 0: padding must know
-        codes = quantize(10 * channels_last(1, 32, 8, 8), *source)
+        codes = coded(10 * channels_last(1, 32, 8, 8), *source)
         expected = F.conv2d((codes.float() - source[1]) * source[0], integers * scale.reshape(-1, 1, 1, 1),
                             folded.bias.detach(), stride, kernel // 2, groups=groups)
         assert (conv(codes, source) - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -133,6 +129,15 @@ def test_block_in_8_bits(kind, shortcut):
         found = QuantizedBlock(plain, ranges)((factor * x).contiguous(memory_format=torch.channels_last))
         assert found.dtype == torch.float32
         assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+@needs_int8
+@torch.inference_mode()
+def test_an_input_beyond_its_range_saturates():
+    plain, x, ranges = block_and_ranges(FusedMBConv, False)
+    expected = plain(x.clamp(-0.3 * x.abs().max(), 0.3 * x.abs().max()))
+    found = QuantizedBlock(plain, [[0.3], *ranges[1:]])(x)
+    assert (found - expected).norm() < 0.05 * expected.norm()
 
 
 @needs_int8
@@ -181,13 +186,17 @@ def test_an_images_size_does_not_decide_alone():
     assert abs(observe([image, 1000 * image.flip(0)])[0] - small) <= 0.1
 
 
+def blocks(model):
+    return {name for name, module in model.image_encoder.named_modules() if isinstance(module, (FusedMBConv, MBConv))}
+
+
 @needs_int8
 @torch.inference_mode()
 def test_encoder_in_8_bits_is_close(l0):
     images = [torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     l0.calibration = calibrate(l0.image_encoder, images[:1])
     form = fast.to_fast(l0, "int8")
-    assert sum(isinstance(module, QuantizedBlock) for module in form.modules()) == len(quantized_blocks(l0.image_encoder))
+    assert sum(isinstance(module, QuantizedBlock) for module in form.modules()) == len(blocks(l0))
     expected = l0.image_encoder(images[1])
     assert (form.image_encoder(images[1]) - expected).norm() < 0.1 * expected.norm()
 
@@ -217,7 +226,7 @@ def test_command(l0, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "w8.pth").stat().st_size < 0.27 * (tmp_path / "w.pth").stat().st_size
     content = torch.load(tmp_path / "w8.pth", weights_only=True)
     assert expand_state(content["model"]).keys() == l0.state_dict().keys()
-    assert {key.rpartition(".")[0] for key in content["calibration"]} == set(quantized_blocks(l0.image_encoder))
+    assert {key.rpartition(".")[0] for key in content["calibration"]} == blocks(l0)
 
 
 def test_command_refuses_another_network(tmp_path, capsys, monkeypatch):
