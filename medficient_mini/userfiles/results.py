@@ -12,8 +12,8 @@ from ..inference.checkpoint import resolve
 from ..inference.compose import Composition, lost_objects
 from ..inference.npz import Case, write_segs
 from ..show.draw import contact_sheet, overlay, save_png
-from .pictures import save_label_picture, stem_of
-from .volumes import mask_ending, parts_of, save_labels
+from .pictures import is_picture, save_label_picture, stem_of
+from .volumes import META, NIFTI, parts_of, save_labels
 
 # The options that decide a result, besides the files of weights.
 DECISIVE = ("precision", "propagation", "overlap", "separate", "z_exclusive", "point", "background", "pick", "z",
@@ -46,7 +46,9 @@ def made_with(path: Path, boxes, decisive: dict) -> str:
 
 def mask_file(name, arguments) -> Path:
     """Return where the masks of a user's own file of that name go, such as STEM_mask.png."""
-    return arguments.output / f"{stem_of(name)}_mask{mask_ending(name)}"
+    lower = str(name).lower()
+    kind = "png" if is_picture(lower) else "nii.gz" if lower.endswith(NIFTI) else "mha" if lower.endswith(META) else "nrrd"
+    return arguments.output / f"{stem_of(name)}_mask.{kind}"
 
 
 def what_changed(origin: str, result: Path, mask: Path | None = None) -> str:

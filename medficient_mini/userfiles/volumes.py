@@ -27,7 +27,8 @@ IMAGES = (*PICTURES, *NIFTI, ".nrrd", *META)
 # What slices, rows and columns run towards: Superior, Inferior, Left, Posterior.
 AXES = {"axial": "SPL", "coronal": "PIL", "sagittal": "LIP"}
 UNITS = {1: 1000.0, 3: 0.001}        # NIfTI's codes of metres and micrometres: mm in one. All else is in mm
-SERIES, DESCRIPTION = "0020|000e", "0008|103e"                # DICOM's tags
+SERIES, DESCRIPTION = "0020|000e", "0008|103e"         # DICOM's tags
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])                  # from ITK's axes, left, back and top, to NIfTI's, and back
 
 
 @dataclass
@@ -36,22 +37,33 @@ class Grid:
 
     affine: float64 (4, 4), voxel indices to mm to the right, front and top. header: nibabel's, None of other formats.
     order: int (3,), the file axis behind slices, rows and columns. flip: bool (3,), whether each runs backward.
-    spacing: float64 (3,), the mm between voxels along (z, y, x) of the slices.
     """
     shape: tuple[int, int, int]
     affine: np.ndarray
     header: object
     order: np.ndarray
     flip: np.ndarray
-    spacing: np.ndarray
+
+    @property
+    def spacing(self) -> np.ndarray:
+        """The mm between voxels along (z, y, x) of the slices."""
+        return np.linalg.norm(self.affine[:3, :3], axis=0)[self.order]
 
     def to_file(self, slices: np.ndarray) -> np.ndarray:
         """View slices (D, H, W) as the file's array (I, J, K)."""
         return np.flip(slices, tuple(np.flatnonzero(self.flip))).transpose(np.argsort(self.order))
 
+    def to_slices(self, voxels, dtype, convert) -> np.ndarray:
+        """Turn the file's numbers (I, J, K) to slices of another type, converting one slab (I, J) at a time."""
+        slices = np.empty(np.array(self.shape)[self.order], dtype)
+        in_file = self.to_file(slices)
+        for k in range(self.shape[2]):
+            in_file[..., k] = convert(np.asarray(voxels[..., k]))
+        return slices
+
     def boxes_to_slices(self, boxes: np.ndarray) -> np.ndarray:
         """Turn boxes (N, 6) i0 j0 k0 i1 j1 k1, voxel indices of the file, inclusive, into x0 y0 z0 x1 y1 z1."""
-        corners = np.asarray(boxes, np.float64).reshape(-1, 2, 3)[..., self.order]     # (N, 2, zyx)
+        corners = np.reshape(boxes, (-1, 2, 3)).astype(np.float64)[..., self.order]    # (N, 2, zyx)
         last = np.array(self.shape)[self.order] - 1.0
         # Where an axis runs backward the lower corner becomes the upper one.
         return np.where(self.flip, last - corners[:, ::-1], corners)[..., ::-1].reshape(-1, 6)
@@ -62,23 +74,23 @@ def grid_of(shape, affine: np.ndarray, axis: str, header=None) -> Grid:
     from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
     # For slices, rows and columns the file axis behind each, and whether it runs the same way (1) or backward (-1).
     order, sense = ornt_transform(axcodes2ornt(AXES[axis]), io_orientation(affine)).astype(int).T
-    return Grid(shape, affine, header, order, sense < 0, np.linalg.norm(affine[:3, :3], axis=0)[order])
+    return Grid(shape, affine, header, order, sense < 0)
 
 
 def is_dicom(path: Path) -> bool:
     """Tell whether a file starts as DICOM files do."""
     try:
-        return path.is_file() and path.open("rb").read(132)[128:] == b"DICM"
+        return path.open("rb").read(132)[128:] == b"DICM"
     except OSError:
         return False
 
 
-def list_images(path) -> list[Path]:
+def list_images(path: Path) -> list[Path]:
     """Find pictures and volumes in a folder and its subfolders, sorted, or the one file itself.
 
     A folder that holds DICOM files is one volume. ValueError where there is nothing of all this.
     """
-    path, found = Path(path), set()
+    found = set()
     with suppress(ValueError):                               # raised below, in better words
         for file in list_files(path, ("",)):
             if file.name.lower().endswith(IMAGES):
@@ -86,13 +98,6 @@ def list_images(path) -> list[Path]:
             elif is_dicom(file):
                 found.add(file if file == path else file.parent)
     return sorted(found) or list_files(path, IMAGES)
-
-
-def mask_ending(path) -> str:
-    """Return how the name of a mask ends that belongs to a picture or volume of this name."""
-    name = str(path).lower()
-    return {PICTURES: ".png", NIFTI: ".nii.gz", META: ".mha"}.get(
-        next((endings for endings in (PICTURES, NIFTI, META) if name.endswith(endings)), None), ".nrrd")
 
 
 def parts_of(path: Path) -> list[Path]:
@@ -111,29 +116,26 @@ def _open_nifti(path: Path):
     image = nibabel.load(path, keep_file_open=True)
     end = image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize
     if size < end:
-        raise ValueError(f"expected {end:,} bytes as its header announces, found {size:,}")
+        raise FieldError(f"imgs: expected {end:,} bytes as its header announces, found {size:,}")
     in_mm = UNITS.get(int(image.header["xyzt_units"]) & 7, 1.0)
     return image.dataobj, np.diag([in_mm, in_mm, in_mm, 1.0]) @ image.affine, image.header
 
 
 def _itk_reader(path: Path):
-    """Let SimpleITK read a file's header."""
+    """Let SimpleITK read a file's header; return its reader, and the file's affine."""
     import SimpleITK
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(str(path))
     reader.ReadImageInformation()
-    # Compression shrinks at most 1032-fold: no header promises more.
     size, channels = reader.GetSize(), reader.GetNumberOfComponents()
-    if len(size) != 3 or channels != 1 or math.prod(size) > 1100 * sum(part.stat().st_size for part in parts_of(path)):
+    # Compression shrinks at most 1032-fold: no header promises more.
+    if len(size) != 3 or channels > 1 or math.prod(size) > 1100 * sum(part.stat().st_size for part in parts_of(path)):
         raise FieldError(f"imgs: expected a 3D volume in grey, found shape {size}, {channels} channels")
-    return reader
-
-
-def _itk_affine(image) -> np.ndarray:
-    """Turn ITK's geometry, mm to the left, back and top, into an affine, mm to the right, front and top."""
-    steps = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
-    return np.vstack([np.column_stack([steps, image.GetOrigin()]), [0, 0, 0, 1]]) * [[-1], [-1], [1], [1]]
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(reader.GetDirection(), (3, 3)) * reader.GetSpacing()
+    affine[:3, 3] = reader.GetOrigin()
+    return reader, LPS @ affine
 
 
 def _open_itk(path: Path):
@@ -143,12 +145,12 @@ def _open_itk(path: Path):
     header, _, packed = data.partition(b"\n\n" if data.startswith(b"NRRD") else b"LOCAL\n")
     if packed and re.search(rb"encoding: *gz|CompressedData *= *True", header):
         zlib.decompress(packed, 47)                               # ITK does not look at the checksum
-    image = _itk_reader(path).Execute()
-    return SimpleITK.GetArrayFromImage(image).T, _itk_affine(image)
+    reader, affine = _itk_reader(path)
+    return SimpleITK.GetArrayFromImage(reader.Execute()).T, affine
 
 
 def _open_dicom(path: Path, series: int | None):
-    """Read one series of a DICOM folder, or a single file: numbers (I, J, K), rescaled, and the affine."""
+    """Read one series of a DICOM folder, or a single file: its numbers (I, J, K), rescaled, and its affine."""
     import SimpleITK
 
     def tag(reader, key):
@@ -157,36 +159,35 @@ def _open_dicom(path: Path, series: int | None):
     found = {}                                               # the slices of each series
     for file in parts_of(path):
         with suppress(RuntimeError, FieldError):             # reports, plans and colour pictures lie beside images
-            reader = _itk_reader(file)
-            found.setdefault(tag(reader, SERIES), []).append(reader)
-    listed = "; ".join(f"{number}: {tag(slices[0], DESCRIPTION) or 'no description'}, {len(slices)} slices"
-                       for number, slices in enumerate(found.values(), 1))
+            reader, affine = _itk_reader(file)
+            found.setdefault(tag(reader, SERIES), []).append((reader, affine))
     if not 0 < (series or len(found)) <= (len(found) if series else 1):
+        listed = "; ".join(f"{number}: {tag(slices[0][0], DESCRIPTION) or 'no description'}, {len(slices)} slices"
+                           for number, slices in enumerate(found.values(), 1))
         raise FieldError(f"series: expected --series with the number of one, found {listed or 'no image in grey'}")
     slices = list(found.values())[(series or 1) - 1]
-    affines = np.array([_itk_affine(reader) for reader in slices])
-    order = np.argsort(affines[:, :3, 3] @ affines[0, :3, 2])
-    affines, affine = affines[order], affines[order[0]]
-    places = affines[:, :3, 3]
-    if len(slices) > 1:
-        affine[:3, 2] = (places[-1] - places[0]) / (len(slices) - 1)
-        if len({reader.GetSize() for reader in slices}) > 1 or np.ptp(affines[:, :3, :2], axis=0).max() > 1e-4:
-            raise FieldError("series: expected slices of one size and direction, found several")
-        off = places - places[0] - np.arange(len(slices))[:, None] * affine[:3, 2]
-        if np.linalg.norm(off, axis=1).max() >= np.linalg.norm(affine[:3, 2]) / 4:
+    normal = slices[0][1][:3, 2]
+    slices.sort(key=lambda pair: pair[1][:3, 3] @ normal)
+    affines = np.array([affine for _, affine in slices])
+    affine, places, count = affines[0], affines[:, :3, 3], len(slices)
+    if len({reader.GetSize() for reader, _ in slices}) > 1 or np.ptp(affines[:, :3, :2], axis=0).max() > 1e-4:
+        raise FieldError("series: expected slices of one size and direction, found several")
+    if count > 1:
+        affine[:3, 2] = (places[-1] - places[0]) / (count - 1)
+        off = np.linalg.norm(places - np.linspace(places[0], places[-1], count), axis=1)
+        if off.max() >= np.linalg.norm(affine[:3, 2]) / 4:
             gaps = np.linalg.norm(np.diff(places, axis=0), axis=1)
             raise FieldError(f"series: expected slices at even distances, found {gaps.min():.4g} to {gaps.max():.4g} mm")
-    voxels = np.concatenate([SimpleITK.GetArrayFromImage(slices[k].Execute()) for k in order])
-    if len(voxels) != len(slices):
-        raise FieldError(f"imgs: expected one slice in each file, found {len(voxels)} in {len(slices)}")
+    voxels = np.concatenate([SimpleITK.GetArrayFromImage(reader.Execute()) for reader, _ in slices])
+    if len(voxels) != count:
+        raise FieldError(f"imgs: expected one slice in each file, found {len(voxels)} in {count}")
     return voxels.T, affine
 
 
 def _open(path: Path, series: int | None = None):
     """Open a volume: its numbers (I, J, K), of NIfTI not yet in memory, its affine and its header.
 
-    Raises:
-        ValueError: it is damaged, no volume, a series, complex or coloured, or its affine is no voxel grid.
+    ValueError if it is damaged, no volume, a series, complex or coloured, or its affine is no voxel grid.
     """
     header = None
     try:
@@ -215,15 +216,6 @@ def _open(path: Path, series: int | None = None):
     raise ValueError(f"{path.name}: {line}")
 
 
-def _turned(voxels, grid: Grid, dtype, convert) -> np.ndarray:
-    """Turn a file's numbers to slices (D, H, W), converting one slab at a time."""
-    slices = np.empty(np.array(grid.shape)[grid.order], dtype)
-    in_file = grid.to_file(slices)                           # a view
-    for k in range(grid.shape[2]):
-        in_file[..., k] = convert(np.asarray(voxels[..., k]))
-    return slices
-
-
 def load_volume(path, axis: str = "axial", window: tuple[float, float] | None = None,
                 series: int | None = None) -> tuple[np.ndarray, Grid, str]:
     """Read a volume as uint8 slices (D, H, W), with their Grid and words that say how intensities were mapped.
@@ -242,14 +234,13 @@ def load_volume(path, axis: str = "axial", window: tuple[float, float] | None = 
     step = -(-math.prod(grid.shape) // SAMPLE)
     sample = [np.asarray(voxels[..., k]).ravel()[k % step::step].copy() for k in range(grid.shape[2])]
     low, high, text = intensity_range(np.concatenate(sample), window)
-    return _turned(voxels, grid, np.uint8, lambda slab: to_uint8(slab, low, high)), grid, text
+    return grid.to_slices(voxels, np.uint8, lambda slab: to_uint8(slab, low, high)), grid, text
 
 
 def load_labels(path, grid: Grid) -> np.ndarray:
     """Read a mask that lies on the voxel grid of an image as uint16 labels (D, H, W) of that image's slices.
 
-    Raises:
-        ValueError: the file is absent or damaged, its grid is another (half a voxel off), or its values no labels.
+    ValueError if the file is absent or damaged, its grid is another (half a voxel off), or its values are no labels.
     """
     path = Path(path)
     voxels, affine, _ = _open(path)
@@ -258,7 +249,7 @@ def load_labels(path, grid: Grid) -> np.ndarray:
     distance = np.linalg.norm(np.abs(affine - grid.affine)[:3] @ [*grid.shape, 1])      # no corner is farther off
     if distance >= 0.5 * grid.spacing.min():
         raise ValueError(f"{path.name}: gts: expected the image's affine, found one up to {distance:.1f} mm off")
-    return _turned(voxels, grid, np.uint16, lambda slab: whole_numbers(slab, path.name))
+    return grid.to_slices(voxels, np.uint16, lambda slab: whole_numbers(slab, path.name))
 
 
 def save_labels(path, segs: np.ndarray, grid: Grid) -> None:
@@ -269,30 +260,34 @@ def save_labels(path, segs: np.ndarray, grid: Grid) -> None:
     """
     array = np.ascontiguousarray(grid.to_file(segs))
     with whole_file(path) as temporary:
-        if grid.header is not None:
-            import nibabel
-            header = grid.header.copy()
-            header.set_data_dtype(segs.dtype)
-            header["cal_min"] = header["cal_max"] = 0        # a display range of the image, not of labels
-            for field in set(header) - {"magic"}:
-                if header[field].dtype.kind == "S":
-                    header[field] = b""
-            header.extensions.clear()
-            # Without an affine of ours the header's own ones stay as they are, in their unit.
-            kind = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
-            nibabel.save(kind(array, None, header), temporary)
+        if grid.header is None:
+            _save_itk(temporary, array, grid.affine)
             return
-        import SimpleITK
-        image = SimpleITK.GetImageFromArray(array.T)
-        affine = grid.affine * [[-1], [-1], [1], [1]]
-        spacing = np.linalg.norm(affine[:3, :3], axis=0)
-        image.SetSpacing(spacing)
-        image.SetDirection((affine[:3, :3] / spacing).ravel())
-        image.SetOrigin(affine[:3, 3])
-        if str(path).endswith(".nrrd"):
-            for k, colour in enumerate(colours(int(segs.max()) + 1)[1:]):
-                extent = " ".join(f"0 {n - 1}" for n in grid.shape)
-                for key, value in (("ID", f"object_{k + 1}"), ("Name", f"object {k + 1}"), ("LabelValue", k + 1),
-                                   ("Layer", 0), ("Color", " ".join(map(str, colour / 255))), ("Extent", extent)):
-                    image.SetMetaData(f"Segment{k}_{key}", str(value))
-        SimpleITK.WriteImage(image, str(temporary), True)
+        import nibabel
+        header = grid.header.copy()
+        header.set_data_dtype(segs.dtype)
+        header["cal_min"] = header["cal_max"] = 0        # a display range of the image, not of labels
+        for field in set(header) - {"magic"}:
+            if header[field].dtype.kind == "S":          # text
+                header[field] = b""
+        header.extensions.clear()
+        kind = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
+        # Without an affine of ours the header's own ones stay as they are, in their unit.
+        nibabel.save(kind(array, None, header), temporary)
+
+
+def _save_itk(path: Path, labels: np.ndarray, affine: np.ndarray) -> None:
+    import SimpleITK
+    image, affine = SimpleITK.GetImageFromArray(labels.T), LPS @ affine
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    image.SetSpacing(spacing)
+    image.SetDirection((affine[:3, :3] / spacing).ravel())
+    image.SetOrigin(affine[:3, 3])
+    if path.suffix == ".nrrd":
+        extent = " ".join(f"0 {n - 1}" for n in labels.shape)
+        for k, colour in enumerate(colours(labels.max() + 1)[1:]):
+            keys = {"ID": f"object_{k + 1}", "Name": f"object {k + 1}", "LabelValue": k + 1, "Layer": 0,
+                    "Color": " ".join(map(str, colour / 255)), "Extent": extent}
+            for key, value in keys.items():
+                image.SetMetaData(f"Segment{k}_{key}", str(value))
+    SimpleITK.WriteImage(image, str(path), True)
