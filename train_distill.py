@@ -171,7 +171,7 @@ class Distillation(nn.Module):
         embedding = self.model.image_encoder(batch["image"])                   # (B, 256, 64, 64)
         means = {"embedding": embedding_mse(embedding, target(self.teacher, batch), batch.get("has_embedding"))}
         if "mask" in self.weights and batch["box_valid"].any():
-            logits, _, masks = decode_boxes(self.student, embedding, batch)
+            logits, masks, _ = decode_boxes(self.student, embedding, batch)
             pixels = F.binary_cross_entropy_with_logits(logits[:, 0].float(), masks.float(), reduction="none")
             means["mask"] = dice_loss(logits, masks) + 4 * pixels.mean()
         return means
@@ -185,8 +185,7 @@ class Distillation(nn.Module):
             embedding = model.image_encoder(batch["image"])
             error += float(embedding_mse(embedding, target(self.teacher, batch)))
             if self.validation.objects:
-                logits, _, masks = decode_boxes(self.student, embedding, batch)
-                scores[i] = dsc(logits, masks)
+                scores[i] = dsc(*decode_boxes(self.student, embedding, batch)[:2])
         error = self.world.sum({"error": error})["error"] / len(self.validation)
         result = {"val_error": error, "val_relative": error / self.variance}
         return result | (modality_means(self.validation, scores, self.world) if self.validation.objects else {})

@@ -61,8 +61,7 @@ class Finetuning(nn.Module):
         """DSC of loosened boxes, averaged over objects, slices, cases, modalities."""
         scores = {}
         for i, batch in single_batches(self.validation, self.world, "validation"):
-            logits, _, masks = decode_boxes(model, model.image_encoder(batch["image"]), batch)
-            scores[i] = dsc(logits, masks)
+            scores[i] = dsc(*decode_boxes(model, model.image_encoder(batch["image"]), batch)[:2])
         return modality_means(self.validation, scores, self.world)
 
 

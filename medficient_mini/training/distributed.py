@@ -14,9 +14,6 @@ from torch import nn
 
 from ..machine import TORCHRUN, native_bf16, place_among_processes
 
-# The others wait while the first process unpacks volumes or the slowest one computes its share of the embeddings.
-LONGEST_WAIT = timedelta(hours=2)
-
 
 class Distributed:
     """This process, number `rank` among `size` of them, with its `device` and precision.
@@ -44,11 +41,12 @@ class Distributed:
         if gpu:
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            dist.init_process_group("nccl" if gpu else "gloo", timeout=LONGEST_WAIT)
+            # The others wait while the first process unpacks volumes or the slowest computes its share of embeddings.
+            dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2))
         self.bf16 = amp != "off" and (torch.cuda.is_bf16_supported(including_emulation=False) if gpu else native_bf16())
 
     def autocast(self):
-        """The context in which networks are called: bfloat16 where that was asked for and is there."""
+        """The context in which networks are called, of bfloat16 where that was asked for and is there."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def to_device(self, batch):
@@ -74,8 +72,7 @@ class Distributed:
             if self.first:
                 yield
             failed = 0
-        finally:
-            # The first process says how it ended, also when it leaves by an error; the others wait for that.
+        finally:                                               # also when the first one leaves the block by an error
             failed = self.sum({"failed": failed})["failed"]
         if failed:
             raise ValueError("stopped: the first process failed")

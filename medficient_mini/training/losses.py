@@ -8,10 +8,11 @@ from torchvision.ops import sigmoid_focal_loss
 
 
 def decode_boxes(network, embedding, batch):
-    """Logits (N, 1, 256, 256), predicted IoU (N, 1) and true masks (N, S, S) of the N valid boxes of a batch."""
+    """Logits (N, 1, 256, 256), true masks (N, S, S) and predicted IoU (N, 1) of the N valid boxes of a batch."""
     valid = batch["box_valid"]                                                 # (B, M)
     rows = valid.nonzero(as_tuple=True)[0]                                     # each box's image
-    return *network.decode(embedding, batch["boxes"][valid], image_index=rows), batch["masks"][valid]
+    logits, iou = network.decode(embedding, batch["boxes"][valid], image_index=rows)
+    return logits, batch["masks"][valid], iou
 
 
 def embedding_mse(pred, target, known=None):
@@ -44,7 +45,7 @@ def enlarged(logits, masks):
     return F.interpolate(logits.float(), masks.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
 
 
-def finetune_loss(logits, iou, masks, mask_gradient=True):
+def finetune_loss(logits, masks, iou, mask_gradient=True):
     """Dice + 20 * focal + IoU MSE (MedficientSAM, Sec. 2; weights of Segment Anything, arXiv 2304.02643, Sec. A).
 
     The focal loss has gamma 2 and no class weights (Lin et al., arXiv 1708.02002, Eq. 4). logits (N, 1, 256, 256) are

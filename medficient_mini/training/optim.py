@@ -1,4 +1,4 @@
-"""The optimiser, the three learning-rate schedules and the moving average of the weights."""
+"""The optimiser, three schedules of the learning rate, the moving average of the weights."""
 from math import cos, pi, sqrt
 
 import torch
@@ -35,10 +35,7 @@ class AdamW(torch.optim.Optimizer):
 
 
 def cosine_annealing(step, steps, warmup):
-    """Half a cosine from 1 to 0 over the updates 0 ... steps (SGDR, arXiv 1608.03983, Eq. 5).
-
-    In the first `warmup` updates it rises linearly instead: update k has (k + 1) / warmup.
-    """
+    """A linear rise over the first `warmup` updates, then half a cosine to 0 (SGDR, arXiv 1608.03983, Eq. 5)."""
     if step < warmup:
         return (step + 1) / warmup
     return (1 + cos(pi * (step - warmup) / (steps - warmup))) / 2
@@ -47,7 +44,7 @@ def cosine_annealing(step, steps, warmup):
 def reduce_on_plateau(scores):
     """Halved after each epoch whose score is not above the best by a relative 0.0001 (higher is better).
 
-    As torch's ReduceLROnPlateau with factor 0.5 and patience 0.
+    It is torch's ReduceLROnPlateau with factor 0.5 and patience 0.
     """
     factor, best = 1.0, None
     for score in scores:
@@ -73,12 +70,9 @@ def moving_average(model, decay):
     At update n it moves by 1 - min(decay, (1 + n) / (10 + n)) towards the weights, so that a random start is soon
     forgotten. What is not floating point, such as batch norm's counters, is copied.
     """
-    def average(averages, weights, n):
-        if averages[0].is_floating_point():
-            torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + int(n)) / (10 + int(n))))
-        else:
-            torch._foreach_copy_(averages, weights)
+    def average(old, new, n):
+        return old.lerp(new, 1 - min(decay, (1 + int(n)) / (10 + int(n)))) if old.is_floating_point() else new
 
-    averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    averaged = AveragedModel(model, avg_fn=average, use_buffers=True)
     averaged.n_averaged.fill_(1)    # at 0 torch would put the weights of the first update in the start's place
     return averaged

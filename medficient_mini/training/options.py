@@ -135,8 +135,6 @@ def start(arguments):
             if value is not None and not low <= value <= high:
                 expected = f"at least {low}" if high == math.inf else f"{low:g} to {high:g}"
                 raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, found {value}")
-    if arguments.warmup and arguments.schedule != "cosine":
-        raise ValueError(f"--warmup: needs --schedule cosine, found {arguments.schedule}")
     last = Path(arguments.out) / "last.pt"
     if arguments.resume != last.is_file():
         raise ValueError(f"{last}: --resume: no such checkpoint" if arguments.resume else

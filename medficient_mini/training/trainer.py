@@ -50,18 +50,18 @@ class Trainer:
 
     def __init__(self, arguments, world, task, dataset):
         self.arguments, self.world, self.task, count = arguments, world, task, len(dataset)
-        weights = None
-        if arguments.balance is not None:
-            weights = balance_weights(dataset.cases, dataset.slices, arguments.balance)
+        power = arguments.balance
+        weights = None if power is None else balance_weights(dataset.cases, dataset.slices, power)
         self.sampler = EpochSampler(count, arguments.seed, world.rank, world.size, weights, arguments.samples_per_epoch)
         self.epoch_samples = self.sampler.total
         self.batch = arguments.bs * arguments.accumulate * world.size          # samples of one update
         if self.batch > min(count, self.epoch_samples):
-            raise ValueError(f"--bs: expected at most the {count} slices and the {self.epoch_samples} samples of an "
-                             f"epoch, found {self.batch} samples in an update")
+            raise ValueError(f"--bs: expected at most the {count} slices and the {self.epoch_samples} samples of an epoch, "
+                             f"found {self.batch} samples in an update")
         self.steps = arguments.steps or arguments.epochs * math.ceil(self.epoch_samples / self.batch)
-        if arguments.warmup >= self.steps:
-            raise ValueError(f"--warmup: expected fewer than the {self.steps} updates, found {arguments.warmup}")
+        if arguments.warmup and (arguments.schedule != "cosine" or arguments.warmup >= self.steps):
+            raise ValueError(f"--warmup: expected --schedule cosine and fewer than the {self.steps} updates, found "
+                             f"{arguments.schedule} and {arguments.warmup}")
         self.loader = make_loader(dataset, self.sampler, arguments.bs, arguments.workers, world.device.type == "cuda")
         # Not every parameter has a gradient each time: a prompt encoder without points, a batch without masks.
         self.loss = DistributedDataParallel(task, find_unused_parameters=True) if world.size > 1 else task
@@ -76,8 +76,8 @@ class Trainer:
         self.state = SimpleNamespace(epoch=0, position=0, step=0, seconds=0.0, scores=[], rows=[], updates={})
         self.folder, self.stop_signal = Path(arguments.out), None
         self.run = vars(arguments) | {"network": task.network, "slices": count}         # what a resumed run must share
-        say(f"{count} training slices, {len(task.validation)} validation slices; {task.network}; {self.steps} updates "
-            f"of {self.batch} samples")
+        say(f"{task.network}: {self.steps} updates of {self.batch} samples; {count} training slices, "
+            f"{len(task.validation)} validation slices")
         if arguments.resume:
             self._load()
 
@@ -162,8 +162,7 @@ class Trainer:
         lr = learning_rate(self.arguments, state.step, self.steps, state.scores)
         if not math.isfinite(loss + norm):
             raise ValueError(f"step {state.step + 1}: loss {loss}, gradient norm {norm} at learning rate {lr:.3g}: "
-                             "training diverged; start again with another --out and a lower --lr or a --warmup, from "
-                             "the beginning or from the last.pt of this run")
+                             "training diverged; start again with another --out and a lower --lr or a --warmup")
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr
         self.optimizer.step()
@@ -205,13 +204,13 @@ class Trainer:
         state.updates = {}
         if not self.world.first:
             return
+        # Written whole each time: columns may be new, and a killed run leaves no half row.
         with writing(self.folder / "log.csv") as temporary, open(temporary, "w", newline="") as file:
-            # Written whole each time: columns may be new, and a killed run leaves no half row.
             writer = csv.DictWriter(file, dict.fromkeys(key for row in state.rows for key in row))
             writer.writeheader()
             writer.writerows(state.rows)
-        columns = {key: [float(row.get(key, "nan")) for row in state.rows] for key in row
-                   if not key.startswith(("epoch", "step", "minutes", "dsc_"))}
+        columns = {key: [float(row.get(key, "nan")) for row in state.rows] for key in list(row)[3:]
+                   if not key.startswith("dsc_")}
         try:
             if scores:
                 curves(columns, [row["step"] for row in state.rows], self.folder / "curves.png")

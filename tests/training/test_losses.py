@@ -32,26 +32,26 @@ def test_finetune_loss_is_its_three_terms_at_the_masks_size():
     focal = (-(1 - p_t) ** 2 * np.log(p_t)).mean()
     ious = [(mask & gt).sum() / (mask | gt).sum() for mask, gt in zip(large.numpy() > 0, truth)]
     expected = dice_loss(large, masks).item() + 20 * focal + np.mean((iou.numpy()[:, 0] - ious) ** 2)
-    assert finetune_loss(logits, iou, masks).item() == pytest.approx(expected, rel=1e-5)
+    assert finetune_loss(logits, masks, iou).item() == pytest.approx(expected, rel=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
-        assert finetune_loss(logits.bfloat16(), iou, masks).dtype == torch.float32
+        assert finetune_loss(logits.bfloat16(), masks, iou).dtype == torch.float32
 
 
 def test_mask_terms_train_the_logits_but_in_the_published_form_the_iou_alone():
     logits, masks = random_problem()
     for published in (False, True):
         given, iou = logits.clone().requires_grad_(), torch.rand(3, 1).requires_grad_()
-        finetune_loss(given, iou, masks, mask_gradient=not published).backward()
+        finetune_loss(given, masks, iou, mask_gradient=not published).backward()
         assert iou.grad.abs().max() > 0 and (given.grad is None) == published
 
 
 def test_losses_stay_finite_at_extreme_logits_and_cost_nothing_where_all_is_right():
     logits = torch.tensor([[[[1e4, -1e4], [1e4, -1e4]]]], requires_grad=True)
-    loss = finetune_loss(logits, torch.zeros(1, 1), torch.tensor([[[0, 1], [1, 0]]]))
+    loss = finetune_loss(logits, torch.tensor([[[0, 1], [1, 0]]]), torch.zeros(1, 1))
     loss.backward()
     assert loss.isfinite() and logits.grad.isfinite().all()
     _, masks = random_problem()
-    assert finetune_loss(masks[:, None] * 40.0 - 20, torch.ones(3, 1), masks) < 1e-4
+    assert finetune_loss(masks[:, None] * 40.0 - 20, masks, torch.ones(3, 1)) < 1e-4
 
 
 def test_embedding_mse_of_all_or_known_samples():

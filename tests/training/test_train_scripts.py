@@ -254,7 +254,8 @@ def test_finetuning_learns_a_disc_and_reaches_the_encoder():
     masks = ((x - 30) ** 2 + (y - 26) ** 2 <= 100)[None].to(torch.uint8)
     image, box = 0.1 * torch.rand(1, 3, 64, 64) + 0.8 * masks, torch.tensor([[20.0, 16, 40, 36]])
     embedding = model.image_encoder(image)
-    finetune_loss(*model.decode(embedding, box), masks).backward()
+    logits, iou = model.decode(embedding, box)
+    finetune_loss(logits, masks, iou).backward()
     assert model.image_encoder.backbone.stages[0].op_list[0].conv.weight.grad.abs().max() > 0
     optimizer, embedding = AdamW(model.mask_decoder.parameters(), lr=1e-3), embedding.detach()
     for _ in range(30):
@@ -262,7 +263,7 @@ def test_finetuning_learns_a_disc_and_reaches_the_encoder():
         if dsc(logits, masks) > 0.9:
             break
         optimizer.zero_grad()
-        finetune_loss(logits, iou, masks).backward()
+        finetune_loss(logits, masks, iou).backward()
         nn.utils.clip_grad_norm_(model.mask_decoder.parameters(), 0.5)
         optimizer.step()
     assert dsc(logits, masks) > 0.9
