@@ -190,8 +190,8 @@ def draw_figures(folder, rows, problems):
         cases, pictures = [row for row in rows if row["modality"] == target], []
         try:
             for kind, row in zip(("best", "worst"), cases[::max(1, len(cases) - 1)]):
-                case, segs = read_case(row["truth"], need_boxes=False, need_gts=True), read_labels(row["masks"], "segs")[0]
-                layers = [case.volume if case.is_3d else case.image, case.gts, segs]
+                case = read_case(row["truth"], need_boxes=False, need_gts=True)
+                layers = [case.volume if case.is_3d else case.image, case.gts, read_labels(row["masks"], "segs")[0]]
                 if case.is_3d:
                     z = np.count_nonzero(case.gts, axis=(1, 2)).argmax()
                     layers = [layer[z] for layer in layers]
