@@ -59,16 +59,22 @@ def pair_files(images: Path, masks: Path) -> tuple[dict[Path, list[Path]], list[
     if images.resolve() == masks.resolve():
         mask_files = [path for path in mask_files if MASK_ENDING.search(stem_of(path))]
     taken = {path.resolve() for path in mask_files}           # the masks' folder may lie within that of the images
-    by_name, names = defaultdict(list), {}
-    for root, files in ((masks, mask_files), (images, image_files)):
-        for path in files:
-            name = MASK_ENDING.sub("", name_below(root, path)).removesuffix("_0000")
-            if files is mask_files:
-                by_name[name].append(path)
-            elif path.resolve() not in taken:
-                names[path] = name
-    lonely = [path for name in by_name.keys() - names.values() for path in by_name[name]] if images.is_dir() else []
-    return {path: by_name[name] for path, name in names.items()}, sorted(lonely)
+    pairs = {path: [] for path in image_files if path.resolve() not in taken}
+    by_name, lonely = defaultdict(list), []
+    for path in pairs:
+        by_name[common_name(images, path)].append(path)
+    for path in mask_files:
+        owners = by_name[common_name(masks, path)]
+        for image in owners:
+            pairs[image].append(path)
+        if not owners and images.is_dir():
+            lonely.append(path)
+    return pairs, lonely
+
+
+def common_name(root: Path, path: Path) -> str:
+    """Return what an image and its mask have in common: their `name_below` without the usual endings."""
+    return MASK_ENDING.sub("", name_below(root, path)).removesuffix("_0000")
 
 
 def name_below(root: Path, path: Path) -> str:
@@ -98,9 +104,9 @@ def number_objects(labels: np.ndarray, instances: bool, min_size: int) -> tuple[
     if numbers.max() > 65535:
         raise OverflowError("gts: expected at most 65535 objects, found more (see --min-size)")
     gts = numbers.astype(label_dtype(numbers.max()))[objects]
-    sides = [[(side.start, side.stop - 1) for side in place[::-1]] for place in find_objects(gts)]
-    sides = np.array(sides, np.int64).reshape(-1, labels.ndim, 2)             # (N, xyz, first and last)
-    return gts, sides.swapaxes(1, 2).reshape(-1, 2 * labels.ndim)
+    boxes = [[side.start for side in place[::-1]] + [side.stop - 1 for side in place[::-1]]
+             for place in find_objects(gts)]
+    return gts, np.array(boxes, np.int64).reshape(-1, 2 * labels.ndim)
 
 
 def convert_pair(image: Path, mask: Path, target: Path, arguments) -> tuple[int, list[str]]:

@@ -79,8 +79,7 @@ class Picker:
         letter = chr(code & 0xFF)                                 # small letters: the arrow keys come as Q, R, S, T
         self.done = {"s": "save", "q": "quit", "\x1b": "quit"}.get(letter)                  # the last is Esc
         self.z = min(max(self.z + {"n": 1, "p": -1}.get(letter, 0), 0), len(self.slices) - 1)
-        if self.objects:
-            newest = self.objects[-1]
+        for newest in self.objects[-1:]:
             if letter == "u":
                 self.objects.pop()
             elif letter == "f":
@@ -92,11 +91,11 @@ class Picker:
     def labels(self) -> np.ndarray:
         """Return the labels (H, W) of what was drawn on the present slice: k + 1 for object k."""
         found = Composition(self.size, len(self.objects))
-        here = [k for k, drawn in enumerate(self.objects) if drawn.z == self.z]
-        if here:
-            logits = torch.cat([self.objects[k].logits for k in here])
-            boxes = np.array([self.objects[k].box for k in here])
-            compose(found, np.array(here), logits, boxes, self.model.image_size, self.overlap)
+        numbers = np.flatnonzero([drawn.z == self.z for drawn in self.objects])
+        if len(numbers):
+            here = [self.objects[k] for k in numbers]
+            logits, boxes = torch.cat([drawn.logits for drawn in here]), np.array([drawn.box for drawn in here])
+            compose(found, numbers, logits, boxes, self.model.image_size, self.overlap)
         return found.labels
 
     def render(self) -> np.ndarray:

@@ -141,8 +141,6 @@ def read_user_case(path: Path, boxes: list[list[float]], arguments) -> Case:
     if is_picture(path):
         if arguments.z:
             raise ValueError("--z: expected a volume, found a picture")
-        if any(len(box) != 4 for box in boxes):
-            raise ValueError("boxes: expected 4 numbers x0 y0 x1 y1 in a picture, found 6")
         case.image, case.intensity = load_picture(path, arguments.window)
         case.boxes, case.warnings = check_boxes(boxes, case.shape, path.name)
         if points:

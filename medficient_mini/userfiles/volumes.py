@@ -80,7 +80,8 @@ def grid_of(shape, affine: np.ndarray, axis: str, header=None) -> Grid:
 def is_dicom(path: Path) -> bool:
     """Tell whether a file starts as DICOM files do."""
     try:
-        return path.open("rb").read(132)[128:] == b"DICM"
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
     except OSError:
         return False
 
@@ -150,14 +151,14 @@ def _open_itk(path: Path):
 
 
 def _open_dicom(path: Path, series: int | None):
-    """Read one series of a DICOM folder, or a single file: its numbers (I, J, K), rescaled, and its affine."""
+    """Read one series of a DICOM folder, or a single file: its numbers (I, J, K), rescaled, its affine, a remark."""
     import SimpleITK
 
     def tag(reader, key):
         return reader.GetMetaData(key).strip() if reader.HasMetaDataKey(key) else ""
 
-    found = {}                                               # the slices of each series
-    for file in parts_of(path):
+    files, found = parts_of(path), {}                        # the slices of each series
+    for file in files:
         with suppress(RuntimeError, FieldError):             # reports, plans and colour pictures lie beside images
             reader, affine = _itk_reader(file)
             found.setdefault(tag(reader, SERIES), []).append((reader, affine))
@@ -181,21 +182,22 @@ def _open_dicom(path: Path, series: int | None):
     voxels = np.concatenate([SimpleITK.GetArrayFromImage(reader.Execute()) for reader, _ in slices])
     if len(voxels) != count:
         raise FieldError(f"imgs: expected one slice in each file, found {len(voxels)} in {count}")
-    return voxels.T, affine
+    left_out = len(files) - sum(map(len, found.values()))
+    return voxels.T, affine, f"; {left_out} DICOM files without a grey image left out" if left_out else ""
 
 
 def _open(path: Path, series: int | None = None):
-    """Open a volume: its numbers (I, J, K), of NIfTI not yet in memory, its affine and its header.
+    """Open a volume: its numbers (I, J, K), of NIfTI not yet in memory, its affine, its header and a remark.
 
     ValueError if it is damaged, no volume, a series, complex or coloured, or its affine is no voxel grid.
     """
-    header = None
+    header, remark = None, ""
     try:
         with hushed():
             if path.name.lower().endswith(NIFTI):
                 voxels, affine, header = _open_nifti(path)
             elif path.is_dir() or is_dicom(path):
-                voxels, affine = _open_dicom(path, series)
+                voxels, affine, remark = _open_dicom(path, series)
             else:
                 voxels, affine = _open_itk(path)
         shape = (*voxels.shape, 1)[:3]
@@ -205,7 +207,7 @@ def _open(path: Path, series: int | None = None):
             raise FieldError(f"imgs: expected one number per voxel, found {voxels.dtype}")
         if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
             raise FieldError(f"affine: expected three independent axes, found {affine[:3, :3].tolist()}")
-        return voxels.reshape(shape), affine, header
+        return voxels.reshape(shape), affine, header, remark
     except ImportError as error:
         line = f"file: expected the package {error.name} for it, found none: pip install {error.name}"
     except FieldError as error:
@@ -229,12 +231,12 @@ def load_volume(path, axis: str = "axial", window: tuple[float, float] | None = 
     Raises:
         ValueError: the file is absent or damaged, or holds no volume; a series has gaps.
     """
-    voxels, affine, header = _open(Path(path), series)
+    voxels, affine, header, remark = _open(Path(path), series)
     grid = grid_of(voxels.shape, affine, axis, header)
     step = -(-math.prod(grid.shape) // SAMPLE)
     sample = [np.asarray(voxels[..., k]).ravel()[k % step::step].copy() for k in range(grid.shape[2])]
     low, high, text = intensity_range(np.concatenate(sample), window)
-    return grid.to_slices(voxels, np.uint8, lambda slab: to_uint8(slab, low, high)), grid, text
+    return grid.to_slices(voxels, np.uint8, lambda slab: to_uint8(slab, low, high)), grid, text + remark
 
 
 def load_labels(path, grid: Grid) -> np.ndarray:
@@ -243,7 +245,7 @@ def load_labels(path, grid: Grid) -> np.ndarray:
     ValueError if the file is absent or damaged, its grid is another (half a voxel off), or its values are no labels.
     """
     path = Path(path)
-    voxels, affine, _ = _open(path)
+    voxels, affine, *_ = _open(path)
     if voxels.shape != grid.shape:
         raise ValueError(f"{path.name}: gts: expected the image's shape {grid.shape}, found {voxels.shape}")
     distance = np.linalg.norm(np.abs(affine - grid.affine)[:3] @ [*grid.shape, 1])      # no corner is farther off

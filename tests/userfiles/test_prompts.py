@@ -128,7 +128,7 @@ def test_a_picture_with_boxes_and_points(picture):
 
 
 @pytest.mark.parametrize("words, line", [
-    ("--box 1 2 3 4 5 6", "boxes: expected 4 numbers"), ("--box 5 2 3 4", "boxes: expected the lower corner"),
+    ("--box 1 2 3 4 5 6", "boxes: expected shape"), ("--box 5 2 3 4", "boxes: expected the lower corner"),
     ("--box 50 2 60 4", "boxes: expected a box that touches"), ("--box nan 2 60 4", "boxes: expected finite"),
     ("--point 40 4", "points: expected them in"), ("--point nan 4", "points"),
     ("--box 1 2 3 4 --z 1 2", "--z: expected a volume")])
