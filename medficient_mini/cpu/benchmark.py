@@ -3,15 +3,19 @@
     python -m medficient_mini.cpu.benchmark              # Table 5: the five networks, random weights
     python -m medficient_mini.cpu.benchmark --infer      # the forms of one network: plain, f32, bf16, int8
 
-Torch chooses the number of threads, or OMP_NUM_THREADS. The forms of a network take turns, so that a busy spell of the
-machine meets all alike. Cold processes run infer.py, from the start of Python to the written masks; their memory is
-their largest resident size.
+Torch chooses the number of threads, or OMP_NUM_THREADS; --busy N keeps N cores busy meanwhile. The forms take turns, so
+that a busy spell meets all alike. Their figures are minimum / median / maximum over the rounds: seconds of the plain
+network, and for the others the ratio to it in the same round. Where the package openvino is installed, it runs the
+encoder too. Cold processes run infer.py, from Python's start to the written masks; MB are their largest resident size.
 """
 import argparse
+import contextlib
+import os
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import cv2
@@ -19,15 +23,20 @@ import numpy as np
 import torch
 
 from ..inference.checkpoint import load_model, resolve
-from ..inference.geometry import boxes_to_network
-from ..inference.predictor import decode_boxes, encode, segment_image
+from ..inference.geometry import boxes_to_network, to_network
+from ..inference.predictor import decode_boxes, segment_image
 from ..inference.volume import segment_volume
 from ..nets.sam import NETWORKS, build_sam
 from .fast import PRECISIONS, to_fast
 
+try:
+    import openvino
+except ImportError:
+    openvino = None
+
 # MedficientSAM, Tables 1 and 5, as the authors' README and flop_counter notebook (github.com/hieplpvip/medficientsam)
 # repeat them, on an Intel Core i9-10900K: multiply-adds (G), 2D and 3D seconds, 2D and 3D megabytes. Their counter adds
-# norms and interpolation, ours counts products alone. Of MedSAM's row only the multiply-adds were found.
+# norms and interpolation, ours counts products alone; – was not found.
 PUBLISHED = {
     "medsam_vit_b": (488.24, "–", "–", "–", "–"),
     "lite_medsam": (39.98, 5.1, 42.6, "–", "–"),
@@ -36,7 +45,11 @@ PUBLISHED = {
     "medficientsam_l2": (70.71, 1.1, 11.1, 663, 903),
 }
 CASES = {"2D": (1, 2604, 1726, 4), "3D": (40, 512, 512, 6), "large": (1, 4000, 4000, 200)}   # D, H, W, boxes
-ROUNDS = 7                           # of the forms' turns; 3D cases take one
+ROUNDS, ROUNDS_3D = 7, 3             # of the forms' turns
+BURN = """import os
+parent = os.getppid()
+while os.getppid() == parent:        # it ends with the benchmark, whatever ends that
+    pass"""
 
 # A process counts the memory of the one that started it as its own peak, so a small one stands between.
 BETWEEN = """import resource, subprocess, sys, time
@@ -94,34 +107,72 @@ def table_5(folder):
         ours = (counter.get_total_flops() / 2e9, *seconds, *peaks)
         print_row(NETWORKS[name].title, model.image_size, f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}",
                   *(f"{own:.4g} ({theirs})" for own, theirs in zip(ours, published)))
-    print("\nPublished: C++ and OpenVINO on an i9-10900K, other cases; – not found.")
+    print("\nPublished: C++ and OpenVINO on an i9-10900K, other cases.")
+
+
+@contextlib.contextmanager
+def busy(count):
+    """Let `count` processes burn a core each while the block runs."""
+    loops = [subprocess.Popen([sys.executable, "-c", BURN]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+def describe_machine(busy_loops):
+    """Tell what the figures depend on: processor, threads, load, and the versions of torch and OpenVINO."""
+    with contextlib.suppress(OSError):
+        print(Path("/proc/cpuinfo").read_text().partition("model name")[2].partition("\n")[0].strip("\t :"), end=", ")
+    versions = f"torch {torch.__version__}, OpenVINO {openvino.__version__ if openvino else 'not installed'}"
+    print(f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+          f"load {os.getloadavg()[0]:.1f} before and {busy_loops} busy loops, {versions}\n")
+
+
+def openvino_encoders(encoder, x):
+    """The encoder compiled by OpenVINO for f32 and bf16 with as many threads as torch has; none where it is absent."""
+    if openvino is None:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                       # what torch's tracer has to say
+        network = openvino.convert_model(encoder, example_input=x)
+    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    return {f"OpenVINO {hint}": openvino.compile_model(network, "CPU", settings | {"INFERENCE_PRECISION_HINT": hint})
+            for hint in ("f32", "bf16")}
 
 
 def print_times(label, forms, call, rounds=ROUNDS):
-    """Print the seconds that call(form) takes, minimum / median of the rounds, and their ratios to plain."""
+    """Print the seconds that call(form) takes for the first form, and of the others the ratio to it in each round."""
     times = np.zeros((rounds, len(forms)))
     for row in times:
         for i, form in enumerate(forms.values()):
             start = time.perf_counter()
             call(form)
             row[i] = time.perf_counter() - start
-    figures = np.stack([times.min(0), np.median(times, 0)], axis=1)           # (forms, 2), plain first
-    print_row(label, *("{:.3f} / {:.3f} ({:.2f} / {:.2f})".format(*found, *found / figures[0]) for found in figures))
+    times[:, 1:] /= times[:, :1]
+    spreads = np.quantile(times, (0, 0.5, 1), axis=0).T                       # (forms, 3)
+    print_row(label, *("{:.3f} / {:.3f} / {:.3f}".format(*spread) for spread in spreads))
 
 
+@torch.inference_mode()
 def compare_forms(weights, folder):
     """Print what every form of one network takes, warm in this process and in cold ones."""
     plain = load_model(weights)
     forms = {"plain": plain} | {form: to_fast(plain, form) for form in PRECISIONS[1:4 if plain.calibration else 3]}
-    print_row(f"{NETWORKS[plain.name].title}, minimum / median seconds (ratio to plain)", *forms)
-    print_row(*["---"] * (len(forms) + 1))
     (image, boxes), volume = draw_case("2D"), draw_case("3D")
-    prompts, embedding = boxes_to_network(boxes, *image.shape[:2], plain.image_size), encode(plain, image)
-    print_times("encoder", forms, lambda form: encode(form, image))
+    prompts = boxes_to_network(boxes, *image.shape[:2], plain.image_size)
+    x = to_network(image, plain.image_size, plain.resize)[None]
+    encoders = {name: form.image_encoder for name, form in forms.items()} | openvino_encoders(plain.image_encoder, x)
+    print_row(f"{NETWORKS[plain.name].title}: plain in seconds, others as ratio", *encoders)
+    print_row(*["---"] * (len(encoders) + 1))
+    embedding, *_ = [encoder(x) for encoder in encoders.values()]             # the first call packs the weights
+    print_times("encoder", encoders, lambda encoder: encoder(x))
     print_times("decoder, 1 box", forms, lambda form: decode_boxes(form, embedding, prompts[:1]))
     print_times("decoder, 4 boxes", forms, lambda form: decode_boxes(form, embedding, prompts))
     print_times("2D case, warm", forms, lambda form: segment_image(form, image, boxes))
-    print_times("3D case, warm", forms, lambda form: segment_volume(form, *volume), rounds=1)
+    print_times("3D case, warm", forms, lambda form: segment_volume(form, *volume), ROUNDS_3D)
     for case in CASES:
         cold = [run_cold(folder, case, weights, "--precision", form) for form in list(forms)[1:]]
         print_row(f"{case} case, cold", "–", *("{:.2f} s, {:.0f} MB".format(*found) for found in cold))
@@ -132,10 +183,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--infer", action="store_true", help="compare the forms of one network")
     parser.add_argument("--weights", help="checkpoint for --infer (default: the package's own weights)")
+    parser.add_argument("--busy", type=int, default=0, metavar="N", help="loops that burn a core each meanwhile")
     arguments = parser.parse_args(argv)
     cv2.setNumThreads(torch.get_num_threads())
-    print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads\n")
-    with tempfile.TemporaryDirectory() as folder:
+    describe_machine(arguments.busy)
+    with tempfile.TemporaryDirectory() as folder, busy(arguments.busy):
         if arguments.infer:
             compare_forms(resolve(arguments.weights).resolve(), folder)
         else:

@@ -38,8 +38,8 @@ FRACTIONS = np.linspace(1.0, 0.2, 17)          # candidate clipping points, as f
 Scale = tuple[float, int]            # step and zero of codes: value = (code - zero) · step
 
 
-def gelu(x: np.ndarray) -> np.ndarray:
-    """GELU by the tanh formula, as nets/efficientvit.py has it."""
+def gelu(x):
+    """GELU of an array by the tanh formula, as nets/efficientvit.py has it."""
     return F.gelu(torch.from_numpy(x), approximate="tanh").numpy()
 
 
@@ -50,7 +50,7 @@ def scale_of(lowest: float, highest: float) -> Scale:
     return step, round(-lowest / step)
 
 
-def gelu_table(step: float, zero: int) -> tuple[np.ndarray, Scale]:
+def gelu_table(step, zero):
     """The codes of GELU for each of the 256 codes of a scale: (256,) uint8, and the scale of the result."""
     values = gelu((np.arange(256) - zero) * step)
     after = scale_of(GELU_MIN, values[-1])
@@ -93,7 +93,7 @@ class QuantizedConv(nn.Module):
 class QuantizedBlock(nn.Module):
     """A Residual of nets/efficientvit.py with its block in 8 bits; `ranges` is its calibration, in its order."""
 
-    def __init__(self, plain: Residual, ranges: list[list[float]]):
+    def __init__(self, plain: Residual, ranges: list):
         super().__init__()
         self.shortcut, ((self.extent,), *self.ranges) = plain.shortcut, ranges
         self.convs = nn.ModuleList(QuantizedConv(layer) for layer in plain.main.children())
@@ -151,7 +151,7 @@ class Observer:
         return total
 
     def best_range(self):
-        """The range of least loss, in multiples of m: ± one number for a block's input, else lowest and highest."""
+        """Find the range of least loss, in multiples of m: [± this] for a block's input, else [lowest, highest]."""
         if self.entry is None:
             return [min(FRACTIONS, key=lambda f: self.loss(-f, f))]
         lowest = min(values[0] / m for m, values, _ in self.seen)

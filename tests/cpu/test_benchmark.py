@@ -31,6 +31,7 @@ def started(monkeypatch):
     monkeypatch.setattr(benchmark.subprocess, "run", run)
     monkeypatch.setattr(benchmark, "CASES", {"2D": (1, 60, 40, 4), "3D": (4, 32, 32, 6), "large": (1, 80, 80, 200)})
     monkeypatch.setattr(benchmark.sys, "platform", "linux")
+    monkeypatch.setattr(benchmark, "openvino", None)
     return commands
 
 
@@ -39,11 +40,36 @@ def test_forms_of_a_network(started, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "to_fast", lambda model, precision: model)
     benchmark.main(["--infer"])
     rows = {line.split(" | ")[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert "int8" not in rows["| MedficientSAM-L0, minimum / median seconds (ratio to plain)"]   # no activation ranges
-    assert "(1.00 / 1.00)" in rows["| encoder"] and "(1.00 / 1.00)" in rows["| 3D case, warm"]  # plain against itself
+    assert "int8" not in rows["| MedficientSAM-L0: plain in seconds, others as ratio"]       # no activation ranges
+    assert all(len(rows[f"| {name}"].split("/")) == 7 for name in ("encoder", "decoder, 1 box", "3D case, warm"))
     assert rows["| large case, cold"] == "| large case, cold | – | 1.25 s, 922 MB | 1.25 s, 1024 MB |"
     assert len(started) == 6 and [command[-1] for command in started] == ["f32", "bf16"] * 3
     assert all(Path(command[6]).name.endswith("_CT_bench.npz") for command in started)
+
+
+def test_ratios_are_those_within_a_round(monkeypatch, capsys):
+    ends = iter([0, 2, 2, 3, 10, 14, 14, 15])                                 # 2 and 1 s, then 4 and 1 s
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(ends))
+    benchmark.print_times("row", {"plain": 1, "fast": 2}, lambda form: None, 2)
+    assert capsys.readouterr().out == "| row | 2.000 / 3.000 / 4.000 | 0.250 / 0.375 / 0.500 |\n"
+
+
+def test_busy_loops_end_with_the_block(monkeypatch):
+    loops, start = [], subprocess.Popen
+    monkeypatch.setattr(benchmark.subprocess, "Popen", lambda command: loops.append(start(command)) or loops[-1])
+    with pytest.raises(KeyError), benchmark.busy(1):
+        assert loops[0].poll() is None
+        raise KeyError
+    assert loops[0].returncode is not None
+
+
+def test_openvino_computes_the_same():
+    pytest.importorskip("openvino")
+    layer, x = torch.nn.Conv2d(3, 4, 3), torch.rand(1, 3, 8, 8)
+    with torch.inference_mode():
+        found = benchmark.openvino_encoders(layer, x)
+        assert list(found) == ["OpenVINO f32", "OpenVINO bf16"]
+        assert torch.allclose(torch.from_numpy(found["OpenVINO f32"](x)[0]), layer(x), atol=1e-5)
 
 
 def test_table_5(started, monkeypatch, capsys, tmp_path):
