@@ -207,7 +207,8 @@ def _open(path: Path, series: int | None = None):
             raise FieldError(f"imgs: expected one number per voxel, found {voxels.dtype}")
         if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
             raise FieldError(f"affine: expected three independent axes, found {affine[:3, :3].tolist()}")
-        return voxels.reshape(shape), affine, header, remark
+        # Reshaped nibabel would open the file anew for each slab.
+        return voxels if voxels.shape == shape else np.asarray(voxels).reshape(shape), affine, header, remark
     except ImportError as error:
         line = f"file: expected the package {error.name} for it, found none: pip install {error.name}"
     except FieldError as error:
