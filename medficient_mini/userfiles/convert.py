@@ -128,8 +128,9 @@ def convert_pair(image: Path, mask: Path, target: Path, arguments) -> tuple[int,
     # Beside the small numbers of classes the greatest number stands for "ignore"; 0, 128, 255 are labels all.
     values = np.flatnonzero(np.bincount(labels.ravel()))
     if len(values) > 2 and values[-1] in (255, 65535) and values[-2] < 64:
-        labels[labels == values[-1]] = 0
-        lines.append(f'{mask.name}: gts: {values[-1]} beside labels up to {values[-2]} is taken as "ignore" and left out')
+        highest, ignored = values[-2:]
+        labels[labels == ignored] = 0
+        lines.append(f'{mask.name}: gts: {ignored} beside labels up to {highest} is taken as "ignore" and left out')
     gts, boxes = number_objects(labels, arguments.instances, arguments.min_size)
     if not len(boxes):
         return 0, [*lines, f"{image.name}: left out, its mask holds no object of {arguments.min_size} or more pixels"]

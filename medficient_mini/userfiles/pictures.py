@@ -89,9 +89,8 @@ def to_uint8(array: np.ndarray, low: float, high: float) -> np.ndarray:
 def load_picture(path, window: tuple[float, float] | None = None) -> tuple[np.ndarray, str]:
     """Read a PNG, JPEG, TIFF or BMP file as uint8 (H, W, 3) RGB, and say how its intensities were mapped.
 
-    It is turned as its EXIF orientation says, and the words say so. Transparency is dropped. `window` is (level,
-    width) of the intensities that become 0–255 (see `intensity_range`). ValueError if the file is damaged or no single
-    picture, OSError if it cannot be read.
+    It is turned as its EXIF orientation says, and the words say so; transparency is dropped. `window` is (level, width)
+    as in `intensity_range`. ValueError if the file is damaged or no single picture, OSError if it cannot be read.
     """
     path = Path(path)
     pixels, remarks = decode(path.read_bytes(), path.name)
@@ -161,7 +160,7 @@ def is_damaged(data: bytes, complaints: bytes) -> bool:
     A decoder that damage has led astray may reach the last pixel too soon, and says nothing of what is left over.
     """
     place = 2
-    while data[place:place + 1] == b"\xff" and data[place:place + 2] != b"\xff\xda":     # segments before the pixels
+    while data[place:place + 1] == b"\xff" and data[place + 1:place + 2] != b"\xda":     # before the pixels
         place += 2 + int.from_bytes(data[place + 2:place + 4], "big")
     end = data.find(b"\xff\xd9", place)
     pages, missed = pages_of(data[:end - 2] + data[end:])

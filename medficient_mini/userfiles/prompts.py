@@ -133,8 +133,8 @@ def list_user_files(arguments) -> tuple[dict[Path, list[list[float]]], list[str]
 def read_user_case(path: Path, boxes: list[list[float]], arguments) -> Case:
     """Read a picture or volume and check its prompts as a challenge case's are checked.
 
-    In the Case, boxes lie on the slices as they will be shown; points come with at most one box and only in 2D.
-    Without any prompt there are no boxes (`--pick` draws them). ValueError of one line, "<field>: expected …".
+    In the Case, boxes lie on the slices as they will be shown; without any prompt there are none (`--pick` draws
+    them). ValueError of one line, "<field>: expected …".
     """
     case = Case(path.name, modality_of(path))
     points = arguments.point + arguments.background
@@ -147,8 +147,9 @@ def read_user_case(path: Path, boxes: list[list[float]], arguments) -> Case:
             labels = np.repeat([1, 0], [len(arguments.point), len(arguments.background)])
             case.points, case.point_labels = check_points(points, labels, case.shape)
             if not boxes:
-                case.warnings.append(f"{path.name}: points without a box: weights trained on boxes alone, such as the "
-                                     "default ones and LiteMedSAM's, answer them badly; see the overlay, or give a --box")
+                case.warnings.append(
+                    f"{path.name}: points without a box: weights trained on boxes alone, such as the default ones and "
+                    "LiteMedSAM's, answer them badly; see the overlay, or give a --box")
         return case
     if points:
         raise ValueError("--point, --not: expected a picture, found a volume, which needs a box")

@@ -47,8 +47,8 @@ def made_with(path: Path, boxes, decisive: dict) -> str:
 def mask_file(name, arguments) -> Path:
     """Return where the masks of a user's own file of that name go, such as STEM_mask.png."""
     lower = str(name).lower()
-    kind = "png" if is_picture(lower) else "nii.gz" if lower.endswith(NIFTI) else "mha" if lower.endswith(META) else "nrrd"
-    return arguments.output / f"{stem_of(name)}_mask.{kind}"
+    of_volume = "nii.gz" if lower.endswith(NIFTI) else "mha" if lower.endswith(META) else "nrrd"
+    return arguments.output / f"{stem_of(name)}_mask.{'png' if is_picture(name) else of_volume}"
 
 
 def what_changed(origin: str, result: Path, mask: Path | None = None) -> str:

@@ -162,6 +162,7 @@ def _open_dicom(path: Path, series: int | None):
         with suppress(RuntimeError, FieldError):             # reports, plans and colour pictures lie beside images
             reader, affine = _itk_reader(file)
             found.setdefault(tag(reader, SERIES), []).append((reader, affine))
+    # Without --series there must be one alone.
     if not 0 < (series or len(found)) <= (len(found) if series else 1):
         listed = "; ".join(f"{number}: {tag(slices[0][0], DESCRIPTION) or 'no description'}, {len(slices)} slices"
                            for number, slices in enumerate(found.values(), 1))
@@ -178,7 +179,8 @@ def _open_dicom(path: Path, series: int | None):
         off = np.linalg.norm(places - np.linspace(places[0], places[-1], count), axis=1)
         if off.max() >= np.linalg.norm(affine[:3, 2]) / 4:
             gaps = np.linalg.norm(np.diff(places, axis=0), axis=1)
-            raise FieldError(f"series: expected slices at even distances, found {gaps.min():.4g} to {gaps.max():.4g} mm")
+            found = f"{gaps.min():.4g} to {gaps.max():.4g} mm"
+            raise FieldError(f"series: expected slices at even distances, found {found}")
     voxels = np.concatenate([SimpleITK.GetArrayFromImage(reader.Execute()) for reader, _ in slices])
     if len(voxels) != count:
         raise FieldError(f"imgs: expected one slice in each file, found {len(voxels)} in {count}")
@@ -223,14 +225,9 @@ def load_volume(path, axis: str = "axial", window: tuple[float, float] | None = 
                 series: int | None = None) -> tuple[np.ndarray, Grid, str]:
     """Read a volume as uint8 slices (D, H, W), with their Grid and words that say how intensities were mapped.
 
-    Args:
-        path: a file that ends in .nii, .nii.gz, .nrrd, .mha or .mhd, a folder of DICOM files, or one DICOM file.
-        axis: anatomical direction of the slices, a key of AXES.
-        window: (level, width) of the intensities that become 0–255 (see `pictures.intensity_range`).
-        series: which of the series in a DICOM folder, counted from 1; needed where there are several.
-
-    Raises:
-        ValueError: the file is absent or damaged, or holds no volume; a series has gaps.
+    `path` is a .nii, .nii.gz, .nrrd, .mha or .mhd file, a folder of DICOM files or one of them; `axis`, a key of AXES,
+    the direction of the slices; `window` (level, width) as in `pictures.intensity_range`; `series` which of a DICOM
+    folder's, counted from 1. ValueError if the file is absent or damaged or holds no volume, or a series has gaps.
     """
     voxels, affine, header, remark = _open(Path(path), series)
     grid = grid_of(voxels.shape, affine, axis, header)
