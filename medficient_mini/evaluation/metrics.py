@@ -78,22 +78,23 @@ def as_masks(gt, seg):
 
 def near_share(gt, seg, spacing_mm, tolerance_mm, sizes):
     """The NSD of two bool masks with two or three axes; `sizes` holds the size of the surfel of each code."""
+    from scipy.ndimage import binary_erosion
     from scipy.spatial import cKDTree
-    surfaces, near, total = [surfels(mask, sizes) for mask in (gt, seg)], 0.0, 0.0
-    for (corners, areas), (others, _) in (surfaces, surfaces[::-1]):
-        total += areas.sum()
-        if len(others):
-            tree = cKDTree(others * spacing_mm)
+    gt_sizes, seg_sizes = [sizes[surfel_codes(mask.view(np.uint8))] for mask in (gt, seg)]    # of each grid corner
+    near, total = 0.0, 0.0
+    for own, other in ((gt_sizes, seg_sizes), (seg_sizes, gt_sizes)):
+        present, there = own > 0, other > 0
+        close = there[present]                                                 # shared surfels are at distance 0
+        corners = np.argwhere(present & ~there)
+        targets = np.argwhere(there & ~binary_erosion(there, border_value=1))  # the nearest one has a free neighbour
+        if len(corners) and len(targets):
+            tree = cKDTree(targets * spacing_mm)
             distances, nearest = tree.query(corners * spacing_mm, distance_upper_bound=tolerance_mm + 1e-6)
             found = np.isfinite(distances)
             # Whole steps first, then mm, as the challenge's distance transform rounds.
-            steps_mm = (corners[found] - others[nearest[found]]) * spacing_mm
-            near += areas[found][np.sqrt((steps_mm ** 2).sum(1)) <= tolerance_mm].sum()
+            steps_mm = (corners[found] - targets[nearest[found]]) * spacing_mm
+            found[found] = np.sqrt((steps_mm ** 2).sum(1)) <= tolerance_mm
+            close[~close] = found
+        near += own[present][close].sum()
+        total += own[present].sum()
     return float(near / total) if total else float("nan")
-
-
-def surfels(mask, sizes):
-    """Grid corners (N, axes) and sizes (N,) of the surfels of a bool mask."""
-    codes = surfel_codes(mask.view(np.uint8))
-    corners = np.argwhere((sizes > 0)[codes])
-    return corners, sizes[codes[tuple(corners.T)]]
