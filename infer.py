@@ -12,7 +12,6 @@ import os
 import re
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -26,7 +25,7 @@ from medficient_mini.inference.names import show_any_name
 from medficient_mini.inference.npz import list_cases, read_case, read_labels
 from medficient_mini.inference.predictor import segment_image
 from medficient_mini.inference.volume import PROPAGATIONS, segment_volume
-from medficient_mini.machine import place_among_processes
+from medficient_mini.machine import Load, ahead, place_among_processes, workers_on
 from medficient_mini.show.progress import ProgressBar
 from medficient_mini.userfiles.pick import pick, require_display
 from medficient_mini.userfiles.pictures import stem_of
@@ -45,7 +44,8 @@ def parse_arguments(argv=None):
     add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 where the CPU has it, else f32; int8 needs "
         "the default weights or a file of medficient_mini.cpu.int8")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, …")
-    add("--threads", type=int, help="CPU threads (default: torch's choice)")
+    add("--threads", type=int, help="CPU threads (default: torch's choice; for a single picture, those of the "
+                        "cores that other programs leave free)")
     add("--overlay", type=Path, metavar="DIR", help="also write a picture of each case there")
     add("--separate", action="store_true",
         help="also write each object's own mask where objects overlap (`masks`, of volumes `bits`)")
@@ -122,7 +122,26 @@ def prepare(path: Path, boxes, decisive: dict, arguments):
     return None
 
 
-def segment(model, case, arguments, bar):
+def with_network(readings, arguments):
+    """Yield each case's path, its reading and the network, which is loaded once a case needs it."""
+    model = None
+    for (path, *_), reading in readings:
+        if model is None and not reading.exception() and reading.result():     # finished cases need no network
+            model = load_model(arguments.weights, arguments.decoder_weights, arguments.device, arguments.precision)
+        yield path, reading, model, arguments
+
+
+def segment_ahead(path, reading, model, arguments):
+    """Return what `prepare` returned and, of a picture, what `segment` did and the seconds it took."""
+    prepared, began = reading.result(), time.perf_counter()
+    if not prepared or prepared[0].is_3d or arguments.pick:      # a volume has workers of its own, a window is no place
+        return prepared, None, 0.0
+    if arguments.load:
+        torch.set_num_threads(arguments.load.free_cores())
+    return prepared, segment(model, prepared[0], arguments), time.perf_counter() - began
+
+
+def segment(model, case, arguments, bar=None):
     """Return the Composition of one case, or None where the user left the window of --pick."""
     if arguments.pick and not pick(model, case, arguments.overlap):
         return None
@@ -136,7 +155,7 @@ def segment(model, case, arguments, bar):
 
 
 def run(arguments) -> int:
-    """Segment every case, while the next one is read; return how many failed or went without picture or time."""
+    """Segment every case, while the next ones are read; return how many failed or went without picture or time."""
     start = time.perf_counter()
     cases, wrong = list_inputs(arguments)
     rank, world = share_of(arguments.part)
@@ -147,14 +166,16 @@ def run(arguments) -> int:
     decisive = what_decides(arguments)
     for line in wrong:
         print(line, file=sys.stderr)
-    items = [(path, cases[path], decisive, arguments) for path in paths]
-    bar = ProgressBar(ahead(prepare, items), len(items), "segmenting")
-    model, done, skipped, undecorated = None, 0, 0, 0
-    for path, reading in bar:
-        if model is None and not reading.exception() and reading.result():     # finished cases need no network
-            model = load_model(arguments.weights, arguments.decoder_weights, arguments.device, arguments.precision)
+    workers = max(1, min(len(paths), workers_on(torch.device(arguments.device))))
+    # A single picture takes the cores that are free; several share all of torch's threads.
+    arguments.load = Load() if len(paths) == 1 and arguments.threads is None else None
+    readings = ahead(prepare, [(path, cases[path], decisive, arguments) for path in paths], 1)
+    results = ahead(segment_ahead, with_network(readings, arguments), workers)
+    bar = ProgressBar(results, len(paths), "segmenting")
+    done, skipped, undecorated = 0, 0, 0
+    for (path, _, model, _), result in bar:
         try:
-            prepared = reading.result()
+            prepared, found, seconds = result.result()
             if prepared is None:
                 skipped += 1
                 continue
@@ -165,11 +186,13 @@ def run(arguments) -> int:
                 print(f"{case.name}: done again: {reason}")
             if case.intensity:
                 print(f"{case.name}: intensities: {case.intensity}")
-            began = time.perf_counter()
-            found = segment(model, case, arguments, bar)
-            if not found:
-                break
-            lost, faults = write(case, found, arguments, origin, time.perf_counter() - began)
+            if found is None:
+                began = time.perf_counter()
+                found = segment(model, case, arguments, bar)
+                seconds = time.perf_counter() - began
+                if found is None:
+                    break
+            lost, faults = write(case, found, arguments, origin, seconds)
             for line in lost + faults:
                 bar.write(f"{case.name}: {line}")
             done += 1
@@ -177,23 +200,12 @@ def run(arguments) -> int:
         except Exception as error:                               # whatever is wrong with a case, it costs one line
             line = first_line(error)
             line = line if path.name in line else f"{path.name}: {line}"
-            result = arguments.output / f"{stem_of(path)}.npz"
-            wrong.append(f"{line}; {result} holds the masks of an earlier run" if os.path.exists(result) else line)
+            stale = arguments.output / f"{stem_of(path)}.npz"
+            wrong.append(f"{line}; {stale} holds the masks of an earlier run" if os.path.exists(stale) else line)
             bar.write(wrong[-1])
     print(f"{done} segmented, {skipped} skipped as finished, {len(wrong)} failed, "
           f"{time.perf_counter() - start:.1f} s; masks in {arguments.output}")
     return len(wrong) + undecorated
-
-
-def ahead(function, items):
-    """Give the first part of each item with the future of function(*item), the next one always under way."""
-    waiting = []
-    with ThreadPoolExecutor(1) as executor:
-        for item in items:
-            waiting.append((item[0], executor.submit(function, *item)))
-            if len(waiting) == 2:
-                yield waiting.pop(0)
-        yield from waiting
 
 
 def main(argv=None) -> int:

@@ -1,7 +1,10 @@
-"""What this process runs on: its place among torchrun's processes, bfloat16 in the CPU, how glibc keeps memory."""
+"""What this process runs on: torchrun's processes, free cores, work side by side, bfloat16, how glibc keeps memory."""
 import ctypes
 import os
 import re
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,6 +24,51 @@ def place_among_processes() -> tuple[int, int, int]:
     if not all(map(str.isdecimal, found)) or int(found[0]) >= int(found[1]):
         raise ValueError(f"RANK, WORLD_SIZE: expected 0 <= RANK < WORLD_SIZE, found {found[0]!r} and {found[1]!r}")
     return tuple(map(int, found))
+
+
+class Load:
+    """What other programs take of the cores from the moment this is made; nice'd ones give way and do not count."""
+
+    def __init__(self):
+        self.start = self.seconds()
+
+    def seconds(self) -> tuple[float, float]:
+        """Return the time, and the seconds that the cores worked for others since the machine started (Linux alone)."""
+        statistics = Path("/proc/stat")
+        if not statistics.exists():
+            return time.monotonic(), 0.0
+        user, _, system, _, _, irq, softirq, steal = map(int, statistics.read_text().split()[1:9])
+        worked = (user + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return time.monotonic(), worked - time.process_time()
+
+    def free_cores(self) -> int:
+        """Return how many of torch's threads have a core for themselves, one at least."""
+        (start, before), (now, after) = self.start, self.seconds()
+        return max(1, torch.get_num_threads() - round((after - before) / max(now - start, 1e-3)))
+
+
+def workers_on(device: torch.device) -> int:
+    """Return how many independent pieces are best done side by side: on a CPU up to four, on a GPU one."""
+    return min(4, torch.get_num_threads()) if device.type == "cpu" else 1
+
+
+def ahead(function, items, workers: int):
+    """Yield each item (a tuple) in order with the future of function(*item), `workers` further ones under way.
+
+    The workers are threads of this process that share torch's among them. Two threads of torch wait for each other at
+    the end of every operation, so where another program takes a core from one, both stand; two workers never wait.
+    """
+    waiting, threads = deque(), torch.get_num_threads()
+    shares = (max(1, threads // workers),)
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=shares) as pool:
+            for item in items:
+                waiting.append((item, pool.submit(function, *item)))
+                if len(waiting) > workers:
+                    yield waiting.popleft()
+            yield from waiting
+    finally:
+        torch.set_num_threads(threads)               # the workers' number is also that of threads yet to come
 
 
 def native_bf16() -> bool:

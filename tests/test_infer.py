@@ -178,12 +178,15 @@ def test_an_unexpected_error_costs_one_case(cases, tmp_path, run, monkeypatch, r
 
 
 def test_no_result_waits_to_be_written(cases, tmp_path, run, monkeypatch):  # fault 18
-    """Fault 18: where writing is slow, all results waited in memory."""
-    events, right = [], infer.segment_image
-    monkeypatch.setattr(infer, "segment_image", lambda *a, **o: events.append("segmented") or right(*a, **o))
-    monkeypatch.setattr(infer, "write", lambda *_: time.sleep(0.02) or events.append("written") or ([], []))
+    """Fault 18: where writing is slow, all results waited in memory; now those of the workers at most."""
+    for name in "defgh":
+        shutil.copy(cases / "2D_US_a.npz", cases / f"2D_US_{name}.npz")
+    segmented, written, waiting, right = [], [], [], infer.segment_image
+    monkeypatch.setattr(infer, "segment_image", lambda *a, **o: segmented.append(1) or right(*a, **o))
+    monkeypatch.setattr(infer, "write", lambda *_: time.sleep(0.02) or written.append(1)
+                        or waiting.append(len(segmented) - len(written)) or ([], []))
     run("-i", cases, "-o", tmp_path / "out")
-    assert events == ["segmented", "written"] * 2 + ["written"]                             # the last is a volume
+    assert len(written) == 8 and max(waiting) <= infer.workers_on(torch.device("cpu"))
 
 
 def test_names_with_commas_and_quotes_in_the_table(cases, tmp_path, run):  # fault 9
@@ -255,7 +258,7 @@ def test_the_default_weights_find_the_demo_objects(tmp_path, one_thread):
 
 
 def test_neither_torchvision_nor_scipy_is_imported():
-    code = "import sys, infer; print([name for name in ('torchvision', 'scipy', 'nibabel') if name in sys.modules])"
+    code = "import sys, infer; print([name for name in ('torchvision', 'scipy', 'nibabel', 'SimpleITK') if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert found.stdout.strip() == "[]", found.stderr
 

@@ -10,6 +10,7 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
+from ..machine import ahead, workers_on
 from .boxes import as_numbers
 from .compose import OVERLAPS, Composition, compose
 from .geometry import box_of_mask, boxes_to_network, logits_to_mask, scaled_size
@@ -66,27 +67,34 @@ def segment_volume(model, volume: ndarray, boxes: ndarray, drawn_slice: ndarray 
     return found if details else found.labels
 
 
-def watched(visits: list, progress, should_stop):
+def watched(visits, total: int, progress, should_stop):
     """Give the visits of slices one by one, and ask and tell the caller of `segment_volume` before and after each."""
     for done, visit in enumerate(visits):
         if should_stop is not None and should_stop():
-            raise Stopped(f"stopped after {done} of {len(visits)} slices")
+            raise Stopped(f"stopped after {done} of {total} slices")
         yield visit
         if progress is not None:
-            progress(done + 1, len(visits))
+            progress(done + 1, total)
 
 
 def segment_sections(found: Composition, model, volume, boxes, drawn, overlap, watch) -> None:
     """Segment every slice on its own, from the prompts of `section_boxes`, and clip its masks to the given boxes.
 
-    No slice depends on another, so nothing drifts, and a slice where the network sees nothing stays empty.
+    No slice depends on another, so nothing drifts, a slice where the network sees nothing stays empty, and several are
+    done side by side.
     """
-    frame = (*volume.shape[1:3], model.image_size)
-    first, last, flat = boxes[:, 2], boxes[:, 5], boxes[:, [0, 1, 3, 4]]
-    for z, objects in watch(visits(range(len(volume)), first, last)):
-        prompts = boxes_to_network(section_boxes(boxes[objects], z, drawn[objects]), *frame)
-        logits = decode_boxes(model, encode(model, volume[z]), prompts)          # (n, 256, 256)
-        compose(found, objects, logits, flat[objects], model.image_size, overlap, z)
+    frame, flat = (*volume.shape[1:3], model.image_size), boxes[:, [0, 1, 3, 4]]
+    todo = visits(range(len(volume)), boxes[:, 2], boxes[:, 5])
+    slices = [(model, volume[z], boxes_to_network(section_boxes(boxes[objects], z, drawn[objects]), *frame))
+              for z, objects in todo]
+    decoded = zip(todo, ahead(segment_slice, slices, workers_on(next(model.parameters()).device)))
+    for (z, objects), (_, logits) in watch(decoded, len(todo)):
+        compose(found, objects, logits.result(), flat[objects], model.image_size, overlap, z)
+
+
+def segment_slice(model, image: ndarray, prompts: Tensor) -> Tensor:
+    """Return the logits (n, 256, 256) of the prompts (n, 4), in pixels of the network's input, on one slice."""
+    return decode_boxes(model, encode(model, image), prompts)
 
 
 def visits(slices, first: ndarray, last: ndarray) -> list[tuple[int, ndarray]]:
@@ -128,7 +136,7 @@ def propagate(found: Composition, model, volume, boxes, drawn, cache_mb: float, 
     kept = lru_cache(int(cache_mb) // EMBEDDING_MB)(lambda z: encode(model, volume[z]))
     ways = [(*visit, upward) for visit in up] + [(*visit, downward) for visit in down]
 
-    for z, objects, prompts in watch(ways):
+    for z, objects, prompts in watch(ways, len(ways)):
         embedding = kept(z) if z in twice else encode(model, volume[z])
         logits = decode_boxes(model, embedding, prompts[objects])             # (n, 256, 256)
         for k, mask in zip(objects, logits_to_mask(logits, *frame)):
