@@ -3,10 +3,11 @@
     python -m medficient_mini.cpu.benchmark              # Table 5: the five networks, random weights
     python -m medficient_mini.cpu.benchmark --infer      # the forms of one network: plain, f32, bf16, int8
 
-Torch chooses the number of threads, or OMP_NUM_THREADS; --busy N keeps N cores busy meanwhile. The forms take turns, so
-that a busy spell meets all alike. Their figures are minimum / median / maximum over the rounds: seconds of the plain
-network, and for the others the ratio to it in the same round. Where the package openvino is installed, it runs the
-encoder too. Cold processes run infer.py, from Python's start to the written masks; MB are their largest resident size.
+Torch chooses the number of threads, or OMP_NUM_THREADS; --busy N keeps N cores busy meanwhile. As in infer.py an image
+takes those that other programs leave free, a volume has a slice on each. The forms take turns, so that a busy spell
+meets all alike. Their figures are minimum / median / maximum over the rounds: seconds of the plain network, and for the
+others the ratio to it in the same round. Where the package openvino is installed, it runs the encoder too, on all
+threads. Cold processes run infer.py, from Python's start to the written masks; MB are their largest resident size.
 """
 import argparse
 import contextlib
@@ -26,6 +27,7 @@ from ..inference.checkpoint import load_model, resolve
 from ..inference.geometry import boxes_to_network, to_network
 from ..inference.predictor import decode_boxes, segment_image
 from ..inference.volume import segment_volume
+from ..machine import Load
 from ..nets.sam import NETWORKS, build_sam
 from .fast import PRECISIONS, to_fast
 
@@ -122,13 +124,13 @@ def busy(count):
             loop.wait()
 
 
-def describe_machine(busy_loops):
-    """Tell what the figures depend on: processor, threads, load, and the versions of torch and OpenVINO."""
+def describe_machine(busy_loops, free):
+    """Tell what the figures depend on: processor, threads, free ones, load, the versions of torch and OpenVINO."""
     with contextlib.suppress(OSError):
         print(Path("/proc/cpuinfo").read_text().partition("model name")[2].partition("\n")[0].strip("\t :"), end=", ")
     versions = f"torch {torch.__version__}, OpenVINO {openvino.__version__ if openvino else 'not installed'}"
     print(f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-          f"load {os.getloadavg()[0]:.1f} before and {busy_loops} busy loops, {versions}\n")
+          f"{free} of them free, load {os.getloadavg()[0]:.1f} and {busy_loops} busy loops, {versions}\n")
 
 
 def openvino_encoders(encoder, x):
@@ -157,14 +159,16 @@ def print_times(label, forms, call, rounds=ROUNDS):
 
 
 @torch.inference_mode()
-def compare_forms(weights, folder):
+def compare_forms(weights, folder, free):
     """Print what every form of one network takes, warm in this process and in cold ones."""
+    threads = torch.get_num_threads()
     plain = load_model(weights)
     forms = {"plain": plain} | {form: to_fast(plain, form) for form in PRECISIONS[1:4 if plain.calibration else 3]}
     (image, boxes), volume = draw_case("2D"), draw_case("3D")
     prompts = boxes_to_network(boxes, *image.shape[:2], plain.image_size)
     x = to_network(image, plain.image_size, plain.resize)[None]
     encoders = {name: form.image_encoder for name, form in forms.items()} | openvino_encoders(plain.image_encoder, x)
+    torch.set_num_threads(free)
     print_row(f"{NETWORKS[plain.name].title}: plain in seconds, others as ratio", *encoders)
     print_row(*["---"] * (len(encoders) + 1))
     embedding, *_ = [encoder(x) for encoder in encoders.values()]             # the first call packs the weights
@@ -172,6 +176,7 @@ def compare_forms(weights, folder):
     print_times("decoder, 1 box", forms, lambda form: decode_boxes(form, embedding, prompts[:1]))
     print_times("decoder, 4 boxes", forms, lambda form: decode_boxes(form, embedding, prompts))
     print_times("2D case, warm", forms, lambda form: segment_image(form, image, boxes))
+    torch.set_num_threads(threads)
     print_times("3D case, warm", forms, lambda form: segment_volume(form, *volume), ROUNDS_3D)
     for case in CASES:
         cold = [run_cold(folder, case, weights, "--precision", form) for form in list(forms)[1:]]
@@ -186,10 +191,13 @@ def main(argv=None):
     parser.add_argument("--busy", type=int, default=0, metavar="N", help="loops that burn a core each meanwhile")
     arguments = parser.parse_args(argv)
     cv2.setNumThreads(torch.get_num_threads())
-    describe_machine(arguments.busy)
     with tempfile.TemporaryDirectory() as folder, busy(arguments.busy):
+        load = Load()
+        time.sleep(1)
+        free = load.free_cores()
+        describe_machine(arguments.busy, free)
         if arguments.infer:
-            compare_forms(resolve(arguments.weights).resolve(), folder)
+            compare_forms(resolve(arguments.weights).resolve(), folder, free)
         else:
             table_5(folder)
 
