@@ -9,8 +9,8 @@ from pathlib import Path
 def list_files(path, suffixes: tuple[str, ...]) -> list[Path]:
     """Return the files with these endings in a folder and its subfolders, sorted, or the one file itself.
 
-    Linked folders are followed, each folder once. Hidden files are left out: they are half-written outputs. A
-    subfolder that may not be read costs a line on stderr. ValueError where there is no such file.
+    Linked folders are followed, each folder once. Hidden files, which are half-written outputs, and what is no regular
+    file are left out; a subfolder that may not be read costs a line on stderr. ValueError where nothing is left.
     """
     path, found, seen = Path(path), [], set()
     if path.is_file() and path.name.lower().endswith(suffixes):
@@ -30,9 +30,10 @@ def list_files(path, suffixes: tuple[str, ...]) -> list[Path]:
             seen.add(real)
             subfolders.sort()
             found += [Path(folder, name) for name in names if name.lower().endswith(suffixes) and name[0] != "."]
+    found = sorted(file for file in found if file.is_file() or not file.exists())            # a dead link gets a line
     if not found:
         raise ValueError(f"{path}: expected files that end in {', '.join(suffixes)} in this folder, found none")
-    return sorted(found)
+    return found
 
 
 @contextmanager
@@ -40,8 +41,8 @@ def whole_file(path):
     """Give a temporary Path beside `path` that becomes it when the block ends well and vanishes when it does not.
 
     The folder is made if need be; OSError where that fails. The temporary name starts with a dot, which hides it from
-    `list_files`, and ends as `path` does, since some writers choose the format by it. It holds nothing else of the
-    name, which may have the greatest length already, and is new in each call: threads may write the same path.
+    `list_files`, and ends as `path` does, since some writers choose the format by it. It is never longer than `path`'s
+    may be, and new in each call: threads may write the same path.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
 """A file is written whole or not at all; files are found in every folder, linked ones too."""
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -54,12 +55,15 @@ def test_list_files(tmp_path, capsys):  # fault 33
     (folder / "linked").symlink_to(elsewhere)
     (folder / "sub" / "up").symlink_to(folder)                      # a circle
     (folder / "broken.npz").symlink_to(tmp_path / "absent")
+    os.mkfifo(folder / "pipe.npz")                                  # whoever opened it would wait for ever
     found = [folder / name for name in ("a.NPZ", "b.npz", "broken.npz", "linked/e.npz", "sub/a.npz")]
     assert list_files(folder, (".npz",)) == found
     assert list_files(str(folder / "b.npz"), (".npz", ".txt")) == [folder / "b.npz"] and not capsys.readouterr().err
     for bad, words in (("c.txt", "another file"), ("absent", "nothing of that name")):
         with pytest.raises(ValueError, match=f"{bad}: expected .*npz, found {words}"):
             list_files(folder / bad, (".npz",))
+    with pytest.raises(ValueError, match="another file"):
+        list_files(folder / "pipe.npz", (".npz",))
     with pytest.raises(ValueError, match="found none"):
         list_files(folder, (".nii", ".nii.gz"))
 
