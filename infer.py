@@ -1,4 +1,4 @@
-"""Segment challenge cases (NPZ with `imgs` and `boxes`), or your own pictures and NIfTI volumes.
+"""Segment challenge cases (NPZ with `imgs` and `boxes`), or your own pictures and volumes.
 
     python infer.py -i cases -o out                          # every NPZ of a folder
     python infer.py -i case.npz -o out --overlay pictures    # one case, with a picture
@@ -37,7 +37,7 @@ from medficient_mini.userfiles.results import made_with, mask_file, show, what_c
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("-i", "--input", required=True, type=Path, help="folder of NPZ cases, pictures or NIfTI files, or one")
+    add("-i", "--input", required=True, type=Path, help="NPZ cases, pictures or volumes: a folder, or one file")
     add("-o", "--output", required=True, type=Path, help="folder for the masks")
     add("--weights", help="checkpoint file, or lite_medsam (default: the package's own weights)")
     add("--decoder-weights", help="checkpoint whose prompt encoder and decoder join a bare encoder")
