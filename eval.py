@@ -21,7 +21,7 @@ from medficient_mini.evaluation.metrics import case_scores
 from medficient_mini.evaluation.report import add_seconds, markdown, metrics_csv, summary_csv
 from medficient_mini.files import first_line, whole_file
 from medficient_mini.inference.names import composed, show_any_name
-from medficient_mini.inference.npz import list_cases, modality_of, read_case, read_labels, source_of
+from medficient_mini.inference.npz import list_cases, modality_of, read_case, read_labels
 from medficient_mini.show.draw import compare_row, save_png
 from medficient_mini.show.progress import ProgressBar
 
@@ -162,7 +162,7 @@ def score(truth, masks, arguments):
             except ValueError as error:
                 wrong.append(f"{error}: scored 0 in {name}")
                 segs, path = np.zeros_like(gts), None
-            modality = source_of(truth) if arguments.by_source else modality_of(truth)
+            modality = modality_of(truth, arguments.by_source)
             row = dict(case=truth.name, modality=modality, kind=f"{gts.ndim}D", truth=truth, masks=path)
             rows[name] = row | case_scores(gts, segs, spacing_mm, arguments.tolerance, arguments.contour_nsd)
             if rows[name]["dsc"] == 0 and segs.any() and not np.intersect1d(gts, segs).any():

@@ -20,7 +20,6 @@ from .boxes import FieldError, as_text, check_boxes
 
 FIELDS = ("imgs", "boxes", "gts", "spacing", "segs")                # whatever else a file holds is not looked at
 PIECE = 1 << 20                                                     # numbers streamed at once
-CHANNELS = (1, 3, 4)                                                # of an image: grey, RGB, RGB with alpha
 NAME = re.compile(r"([23])D(?:Box)?_([^_.]+)(?:_([^_.]+)_)?")       # dimension, modality, data set
 
 
@@ -72,16 +71,13 @@ def list_cases(path) -> list[Path]:
     return list_files(path, (".npz",))
 
 
-def modality_of(name) -> str:
-    """Return "CT" for "2DBox_CT_x_1.npz" or "3D_CT_y.npz"; for other names that of the folder, else "unknown"."""
-    match = NAME.match(Path(name).name)
-    return match[2] if match else Path(name).parent.name or "unknown"
-
-
-def source_of(name) -> str:
-    """Return modality and data set, "CT STS" for "3D_CT_STS_004.npz"; the modality alone where there is no more."""
-    match = NAME.match(Path(name).name)
-    return f"{match[2]} {match[3]}" if match and match[3] else modality_of(name)
+def modality_of(name, with_source: bool = False) -> str:
+    """Return "CT" for "3D_CT_STS_004.npz", "CT STS" with the data set; else the folder's name, else "unknown"."""
+    path = Path(name)
+    match = NAME.match(path.name)
+    if not match:
+        return path.parent.name or "unknown"
+    return " ".join(match.group(2, 3)) if with_source and match[3] else match[2]
 
 
 def read_case(path, need_boxes: bool = True, need_gts: bool = False, z_exclusive: bool = False) -> Case:
@@ -95,9 +91,8 @@ def read_case(path, need_boxes: bool = True, need_gts: bool = False, z_exclusive
         if header.is_3d:
             case.volume = pixels
         else:
-            pixels = pixels.reshape(*header.size, -1)                          # (H, W, 1, 3 or 4)
-            grey = pixels.shape[2] == 1
-            case.image = np.repeat(pixels, 3, axis=2) if grey else np.ascontiguousarray(pixels[..., :3])
+            rgb = pixels.reshape(*header.size, -1)[..., :3]                    # or one channel; no alpha
+            case.image = np.ascontiguousarray(np.broadcast_to(rgb, (*header.size, 3)))
         if need_boxes:
             boxes = arrays["boxes"].read(np.float64)
             case.boxes, lines = check_boxes(boxes, header.size, case.name, z_exclusive)
@@ -119,9 +114,9 @@ def read_header(path, need_gts: bool = False) -> Header:
 
 
 def read_labels(path, field: str) -> tuple[ndarray, ndarray | None]:
-    """Read the labels, "gts" or "segs", of one file, which may do without images, and the spacing of a volume's `gts`.
+    """Read labels, "gts" or "segs", uint8 or uint16, and the spacing of a volume's `gts`, float64 (3,), else None.
 
-    uint8 or uint16, and float64 (3,), mm along (z, y, x), or None. ValueError for a bad file.
+    The file may do without images. ValueError as `read_case`.
     """
     with _open(path, field, field) as (arrays, header):
         has_spacing = field == "gts" and header.is_3d and "spacing" in arrays
@@ -134,8 +129,7 @@ def _open(path, labels: str, *needed: str):
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            members = archive.namelist()
-            arrays = {name: _Array(archive, name) for name in FIELDS if f"{name}.npy" in members}
+            arrays = {name: _Array(archive, name) for name in FIELDS if f"{name}.npy" in archive.namelist()}
             for name in needed:
                 if name not in arrays:
                     found = ", ".join(arrays) or "an empty archive"
@@ -192,21 +186,20 @@ class _Array:
 
 def _describe(path: Path, arrays: dict[str, _Array], labels: str) -> Header:
     """Check the headers of `imgs` and of the labels of that name, where there are any; either may be absent."""
-    targets, boxes = arrays.get(labels), arrays.get("boxes")
+    targets = arrays.get(labels)
     pixels = arrays.get("imgs", targets)
     shape, match = pixels.shape, NAME.match(path.name)
     if match:
         is_3d = match[1] == "3"
-    elif len(shape) == 3 and shape[-1] in CHANNELS:
+    elif len(shape) == 3 and shape[-1] in (1, 3, 4):
         # (5, 9, 3) is a colour image or a narrow volume: boxes or masks tell, else colour is likelier.
-        gts = arrays.get("gts", targets)
+        boxes, gts = arrays.get("boxes"), arrays.get("gts", targets)
         is_3d = bool(boxes and boxes.shape[-1:] == (6,) or gts and gts.shape == shape and shape[-1] > 1)
     else:
         is_3d = len(shape) >= 3
-    axes, channels = (3, (3,)) if is_3d else (2, CHANNELS)
-    fits = len(shape) == axes or len(shape) == axes + 1 and shape[-1] in channels
-    if not fits or min(shape) < 1:
-        wanted = "(D, H, W[, 3]) of a volume" if is_3d else "(H, W[, 3]) of an image"
+    axes, channels, wanted = (3, {3}, "(D, H, W[, 3]) of a volume") if is_3d else \
+        (2, {1, 3, 4}, "(H, W[, 3]) of an image")                    # grey, RGB, RGB with alpha
+    if len(shape) - axes not in (0, 1) or not channels.issuperset(shape[axes:]) or min(shape) < 1:
         raise FieldError(f"{pixels.name}: expected shape {wanted}, found {shape}")
     if pixels.name == "imgs" and pixels.dtype.kind not in "iuf":
         raise FieldError(f"imgs: expected uint8 or numbers within 0-255, found {pixels.dtype}")
@@ -220,21 +213,20 @@ def _describe(path: Path, arrays: dict[str, _Array], labels: str) -> Header:
 
 
 def _read_pixels(imgs: _Array, case: Case) -> ndarray:
-    """`imgs` as uint8: other numbers if they lie within 0–255, floats rounded, and 0–1 spread to 0–255."""
+    """Read `imgs` as uint8: numbers within 0–255, floats rounded, and 0–1 spread to 0–255 with a warning."""
     low, high = imgs.limits()
     if not (low >= 0 and high <= 255):       # NaN is neither
         raise FieldError(f"imgs: expected uint8 or numbers within 0-255, found {imgs.dtype} from {low:g} to {high:g}")
-    if imgs.dtype.kind != "f":
-        return imgs.read(np.uint8)
-    if not 0 < high <= 1.01:                 # rounding may have ended above 1
-        return imgs.read(np.uint8, 1.0)
-    case.warnings.append(f"{case.name}: imgs: expected numbers within 0-255, found {low:g} to {high:g}: "
-                         "multiplied by 255")
-    return imgs.read(np.uint8, 255.0)
+    scale = 1.0 if imgs.dtype.kind == "f" else None
+    if scale and 0 < high <= 1.01:           # rounding may have ended above 1
+        scale = 255.0
+        case.warnings.append(f"{case.name}: imgs: expected numbers within 0-255, found {low:g} to {high:g}: "
+                             "multiplied by 255")
+    return imgs.read(np.uint8, scale)
 
 
 def _read_labels(array: _Array, header: Header) -> ndarray:
-    """Labels as uint8, or uint16 where one is above 255."""
+    """Read labels as uint8, or uint16 where one is above 255."""
     low, high = array.limits()
     if low < 0 or high > 65535:
         raise FieldError(f"{array.name}: expected labels 0 to 65535, found {low:g} to {high:g}")
@@ -242,7 +234,7 @@ def _read_labels(array: _Array, header: Header) -> ndarray:
 
 
 def _read_spacing(array: _Array) -> ndarray:
-    """The spacing, if it is one."""
+    """Read the spacing, if it is one."""
     spacing = array.read(np.float64)
     if spacing.shape != (3,) or not ((spacing > 0) & (spacing < np.inf)).all():
         raise FieldError(f"spacing: expected three positive numbers (z, y, x in mm), found {as_text(spacing.flat[:4])}")

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import odd_inputs  # noqa: E402
 from medficient_mini.inference.boxes import check_boxes, check_points  # noqa: E402
 from medficient_mini.inference.npz import (list_cases, modality_of, read_case, read_header, read_labels,  # noqa: E402
-                                           source_of, write_segs)
+                                           write_segs)
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 RNG = np.random.default_rng(0)
@@ -267,7 +267,7 @@ def test_names(tmp_path):
     names = {"2DBox_CT_x_y.npz": "CT", "2D_US_1.npz": "US", "/data/3D_MR_Brain_1.npz": "MR", "3DBox_PET.npz": "PET",
              "/data/OCT/17.npz": "OCT", "17.npz": "unknown", Path("2D_XRay_a_b.npz"): "XRay", "4D_CT_1.npz": "unknown"}
     assert {name: modality_of(name) for name in names} == names
-    assert source_of("3D_CT_STS_004.npz") == "CT STS" and source_of("2D_US_1.npz") == "US"
+    assert modality_of("3D_CT_STS_004.npz", True) == "CT STS" and modality_of("2D_US_1.npz", True) == "US"
     (tmp_path / "b.npz").touch()
     assert list_cases(tmp_path) == list_cases(str(tmp_path / "b.npz")) == [tmp_path / "b.npz"]
 
