@@ -1,6 +1,6 @@
 """Between an image of any size and a network's square input. The one convention for pixels:
 
-- A coordinate is a pixel index, zero-based: pixel i of a row has coordinate i; a box x0 y0 x1 y1 holds its corners.
+- Coordinates are pixel indices, zero-based; a box x0 y0 x1 y1 holds its corner pixels.
 - The longest side is scaled to the network's input size, the rest padded with zeros on the right and at the bottom.
 - Boxes and points stay floating point, are scaled with the image, and the prompt encoder adds SAM's half pixel.
 - Logits come back at 256×256 for the padded square: enlarged to the network's size, cropped, resized to the image
@@ -32,7 +32,7 @@ def to_network(image: ndarray, size: int, resize: str = "bilinear") -> Tensor:
     """Turn an image, uint8 (H, W) or (H, W, 3) RGB, into a network's input, float32 (3, size, size) in [0, 1].
 
     It is resized as uint8 without antialiasing ("bilinear": MedficientSAM, MedSAM) or by area averaging ("area":
-    LiteMedSAM), then min-max normalised over the whole image, then padded with zeros.
+    LiteMedSAM), min-max normalised over the whole image, and padded.
     """
     height, width = scaled_size(*image.shape[:2], size)
     image = cv2.resize(image, (width, height), interpolation=INTERPOLATION[resize]).astype(np.float32)
@@ -44,10 +44,7 @@ def to_network(image: ndarray, size: int, resize: str = "bilinear") -> Tensor:
 
 
 def sam_input(image: ndarray, size: int) -> Tensor:
-    """Turn an image into a network's input in SAM's way, float32 (3, size, size); see `to_network` for the other.
-
-    The resizing is antialiased, and the colours are normalised by mean and deviation of natural images.
-    """
+    """Do the same in SAM's way: antialiased, colours normalised by mean and deviation of natural images."""
     height, width = scaled_size(*image.shape[:2], size)
     x = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1).expand(3, -1, -1)[None]
     x = F.interpolate(x.contiguous(), (height, width), mode="bilinear", antialias=True)[0].float()
@@ -64,7 +61,7 @@ def boxes_to_network(boxes: ndarray, height: int, width: int, size: int) -> Tens
 
 
 def postprocess_masks(logits: Tensor, height: int, width: int, size: int) -> Tensor:
-    """Enlarge logits (N, C, 256, 256) to the image, (N, C, height, width): the definition, as SAM has it.
+    """Enlarge logits (N, C, 256, 256) to the image, (N, C, height, width): SAM's definition.
 
     `enlarged_logits` computes the same up to rounding, but only where it is wanted.
     """
@@ -96,8 +93,8 @@ def reached_region(logits: Tensor, height: int, width: int, size: int) -> Region
     """Return the smallest region of the image outside of which no positive logit of (256, 256) has any influence."""
     spans = []
     for matrix, axis in zip(enlargement(height, width, size), (1, 0)):
-        hit = (matrix[:, (logits > 0).any(axis)] > 0).any(1).nonzero().flatten().tolist()
-        spans.append(slice(hit[0], hit[-1] + 1) if hit else slice(0, 0))
+        hit = (matrix[:, (logits > 0).any(axis)] > 0).any(1).nonzero()
+        spans.append(slice(hit[0].item(), hit[-1].item() + 1) if len(hit) else slice(0))
     return tuple(spans)
 
 

@@ -43,20 +43,20 @@ def encode(model, image: ndarray, as_sam: bool = False) -> Tensor:
 
 
 @torch.inference_mode()
-def decode(model, embedding: Tensor, boxes: Tensor | None = None, points: tuple[Tensor, Tensor] | None = None,
-           masks: Tensor | None = None, multimask: bool = False) -> tuple[Tensor, Tensor]:
+def decode(model, embedding: Tensor, boxes: Tensor | None = None, coords: Tensor | None = None,
+           labels: Tensor | None = None, masks: Tensor | None = None, multimask: bool = False) -> tuple[Tensor, Tensor]:
     """Decode N prompts on one embedding, as `Sam.decode` does, BATCH at a time: all masks come from here.
 
     Returns logits (N, C, 256, 256) and predicted IoU (N, C), float32 on the CPU; C is 3 with `multimask`, else 1.
     """
-    prompts = (boxes, *(points or (None, None)), masks)
+    prompts = (boxes, coords, labels, masks)
     count, channels = next(len(prompt) for prompt in prompts if prompt is not None), 3 if multimask else 1
     logits, iou = torch.zeros(count, channels, 256, 256), torch.zeros(count, channels)
     for n in range(0, count, BATCH):
         part = slice(n, n + BATCH)
-        box, coords, labels, mask = (p if p is None else p[part].to(embedding.device) for p in prompts)
-        logits[part], iou[part] = model.decode(embedding, boxes=box, points=points and (coords, labels), masks=mask,
-                                               multimask=multimask)
+        box, *points, mask = (p if p is None else p[part].to(embedding.device) for p in prompts)
+        points = None if coords is None else tuple(points)
+        logits[part], iou[part] = model.decode(embedding, boxes=box, points=points, masks=mask, multimask=multimask)
     return logits, iou
 
 
@@ -83,17 +83,15 @@ def segment_image(model, image: ndarray, boxes: ndarray, overlap: str = OVERLAPS
 
 
 class LongestSide:
-    """Scale prompts from an image to the network's input: SAM's `ResizeLongestSide`, by its names."""
+    """Scale points (..., 2) and boxes (..., 4) from an image (H, W) to the network: SAM's `ResizeLongestSide`."""
 
     def __init__(self, target_length: int):
         self.target_length = target_length
 
     def apply_coords(self, coords: ndarray, original_size: tuple[int, int]) -> ndarray:
-        """Scale an array of points (..., 2) or boxes (..., 4) on an image of that (H, W); float32."""
         return boxes_to_network(coords, *original_size, self.target_length).numpy()
 
     def apply_coords_torch(self, coords: Tensor, original_size: tuple[int, int]) -> Tensor:
-        """Scale a tensor in the same way."""
         return boxes_to_network(coords.cpu(), *original_size, self.target_length).to(coords.device)
 
     apply_boxes, apply_boxes_torch = apply_coords, apply_coords_torch
@@ -106,8 +104,8 @@ class Predictor:
         predictor.set_image(rgb)                                          # uint8 (H, W, 3)
         masks, iou, logits = predictor.predict(box=np.array([x0, y0, x1, y1]), multimask_output=False)
 
-    Not in SAM: `sam_preprocessing=True` prepares images as SAM itself does (see `sam_input`), for SAM's own weights
-    of ViT-B; else they are prepared as MedSAM and its successors do. One network may serve several predictors.
+    Not in SAM: `sam_preprocessing=True` prepares images for SAM's own weights of ViT-B, see `sam_input`. One network
+    may serve several predictors.
     """
 
     def __init__(self, sam_model, *, sam_preprocessing: bool = False):
@@ -149,28 +147,23 @@ class Predictor:
                 return_logits: bool = False) -> tuple[ndarray, ndarray, ndarray]:
         """Predict the masks of one prompt, given in pixels of the image.
 
-        Args:
-            point_coords, point_labels: (P, 2) x y, and (P,), 1 on the object, 0 beside it; booleans mean the same.
-            box: (4,) x0 y0 x1 y1. Not in SAM: (N, 4) without points and mask, N prompts, also where N is 0 or 1.
-            mask_input: (1, 256, 256), the logits of an earlier prediction.
-            multimask_output: whether to give three masks (C = 3) instead of one (C = 1).
-            return_logits: whether to give float32 logits in place of masks.
+        Points are (P, 2) x y with labels (P,), 1 or True on the object, 0 beside it; the box (4,) x0 y0 x1 y1; the mask
+        (1, 256, 256), logits of an earlier prediction. Returns masks (C, H, W) bool, with `return_logits` float32
+        logits; predicted IoU (C,) float32; logits (C, 256, 256) float32; C is 3 with `multimask_output`, else 1.
 
-        Returns:
-            Masks (C, H, W) bool; predicted IoU (C,) float32; logits (C, 256, 256) float32. With boxes (N, 4) each has
-            one axis more, N, in front. RuntimeError where no image is set, ValueError for prompts that `check_boxes`
-            or `check_points` refuses, and for none.
+        Not in SAM: boxes (N, 4) without points and mask are N prompts, and all results have N in front. RuntimeError
+        where no image is set, ValueError for prompts that `check_boxes` or `check_points` refuses, and for none.
         """
         self.get_image_embedding()
-        frame, boxes, points, labels = (*self.original_size, self.model.image_size), None, None, None
+        frame, boxes, points, labels, mask = (*self.original_size, self.model.image_size), None, None, None, None
         if box is not None:
             boxes = boxes_to_network(checked_boxes(box, self.original_size), *frame)
         if point_coords is not None or point_labels is not None:
             points, labels = check_points(point_coords, point_labels, self.original_size)
             points, labels = boxes_to_network(points, *frame)[None], torch.from_numpy(labels)[None]
         if mask_input is not None:
-            mask_input = torch.as_tensor(mask_input, dtype=torch.float32)[None]
-        results = self.predict_torch(points, labels, boxes, mask_input, multimask_output, return_logits)
+            mask = torch.as_tensor(mask_input, dtype=torch.float32)[None]
+        results = self.predict_torch(points, labels, boxes, mask, multimask_output, return_logits)
         one = box is None or np.shape(box) == (4,)
         return tuple((result[0] if one else result).cpu().numpy() for result in results)
 
@@ -182,9 +175,9 @@ class Predictor:
         Points are (B, P, 2) with labels (B, P), -1 where there are fewer; boxes (B, 4); mask_input (B, 1, 256, 256).
         Returns masks (B, C, H, W), predicted IoU (B, C), logits (B, C, 256, 256); all else is as in `predict`.
         """
-        embedding, points = self.get_image_embedding(), None
+        embedding = self.get_image_embedding()
         prompts = [prompt for prompt in (point_coords, point_labels, boxes, mask_input) if prompt is not None]
-        if len({len(prompt) for prompt in prompts}) != 1 or (point_coords is None) != (point_labels is None):
+        if len(set(map(len, prompts))) != 1 or (point_coords is None) != (point_labels is None):
             raise ValueError("prompts: expected as many boxes as masks and as sets of points with labels, found shapes "
                              f"{[tuple(prompt.shape) for prompt in prompts]}")
         if not all(prompt.isfinite().all() for prompt in prompts):
@@ -195,8 +188,8 @@ class Predictor:
         if point_coords is not None:
             if 0 in point_labels.shape[1:] or not np.isin(point_labels.cpu(), (-1, 0, 1)).all():
                 raise ValueError("point labels: expected 0, 1 or -1, one for each prompt at least")
-            points = point_coords, point_labels.int()                    # of booleans, the padding -1 would become 1
-        logits, iou = decode(self.model, embedding, boxes, points, mask_input, multimask_output)
+            point_labels = point_labels.int()                            # of booleans, the padding -1 would become 1
+        logits, iou = decode(self.model, embedding, boxes, point_coords, point_labels, mask_input, multimask_output)
         frame = (*self.original_size, self.model.image_size)
         if return_logits:
             masks = postprocess_masks(logits, *frame)
