@@ -19,13 +19,12 @@ def as_numbers(values, name: str) -> ndarray:
 
 
 def check_boxes(boxes, shape: tuple[int, ...], name: str, z_exclusive: bool = False) -> tuple[ndarray, list[str]]:
-    """Check boxes and clip them to their image: float64 (N, 4) or (N, 6), and lines about those that were clipped.
+    """Check boxes and clip them to their image: float64 (N, 4) or (N, 6), and lines, after `name`, about those clipped.
 
     Boxes are x0 y0 x1 y1 on an image of `shape` (H, W), x0 y0 z0 x1 y1 z1 on a volume (D, H, W), in pixels counted
     from 0, inclusive; a single one may come without its first axis, and none as any empty array. With z_exclusive, z1
-    is the slice after the last one, as the authors of MedficientSAM read it. The lines start with `name`. ValueError,
-    "boxes: expected …, found …", for another shape, numbers that are not finite, corners in the wrong order, and
-    boxes wholly outside.
+    is the slice after the last one, as the authors of MedficientSAM read it. ValueError, "boxes: expected …, found …",
+    for another shape, numbers that are not finite, corners in the wrong order, and boxes wholly outside.
     """
     boxes, axes, warnings = as_numbers(boxes, "boxes"), len(shape), []
     if boxes.size and (boxes.ndim > 2 or boxes.shape[-1:] != (2 * axes,)):

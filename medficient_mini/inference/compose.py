@@ -22,8 +22,8 @@ class Composition:
     """The labels of N objects on an image or a volume, and what became of each object's own mask.
 
     `labels` are (H, W) or (D, H, W) uint8, uint16 above 255 objects: k + 1 where object k is, 0 where none is.
-    `mask_sizes`, int (N,), counts the pixels of each object's own mask. Where these masks are kept `separate`, `bits`
-    is uint8 (ceil(N / 8), *labels.shape), and bit k % 8 of bits[k // 8] is object k's mask.
+    `mask_sizes`, int (N,), counts the pixels of each object's own mask. Where these are kept `separate`, bit k % 8 of
+    bits[k // 8], uint8 (ceil(N / 8), *labels.shape), is object k's mask.
     """
 
     def __init__(self, shape: tuple[int, ...], count: int, separate: bool = False):
@@ -61,9 +61,12 @@ def lost_objects(found: Composition) -> list[str]:
 
 def compose(found: Composition, objects: ndarray, logits: Tensor, boxes: ndarray, size: int,
             overlap: str = OVERLAPS[0], z: int | None = None) -> None:
-    """Share out the pixels of one picture, an image or slice z of a volume, among n of the N objects.
+    """Share out the pixels of one picture, an image or slice z of a volume, among n of the N objects of `found`.
 
-    The objects are laid down from the largest mask to the smallest, equally large ones in the order of their boxes'
+    `objects` are their numbers, int (n,), from 0 and ascending; logits (n, 256, 256) on the CPU are above 0 inside;
+    boxes (n, 4) x0 y0 x1 y1, in pixels, clip the masks of a slice. `size` is the side of the network's input.
+
+    Objects are laid down from the largest mask to the smallest, equally large ones in the order of their boxes'
     coordinates. An object takes the pixels that are free, and of those that another has already,
 
     - overlap "inside": all of an object inside which it lies (see `lies_inside`), else where its logit is higher;
@@ -71,14 +74,7 @@ def compose(found: Composition, objects: ndarray, logits: Tensor, boxes: ndarray
     - "later": those of objects with a lower label, as the authors of MedficientSAM have it.
 
     So the labels are the same in whatever order the boxes come, but for "later". Equal boxes have equal logits: the
-    first of them keeps all. ValueError for another word than those of OVERLAPS.
-
-    Args:
-        found: takes up the labels.
-        objects: int (n,), the numbers of the objects, from 0 and ascending.
-        logits: (n, 256, 256) on the CPU, above 0 inside.
-        boxes: (n, 4) x0 y0 x1 y1 in pixels. With z, the masks are clipped to them.
-        size: the side of the network's input in pixels.
+    first of them keeps all. ValueError for another overlap.
     """
     if overlap not in OVERLAPS:
         raise ValueError(f"overlap: expected one of {', '.join(OVERLAPS)}, found {overlap!r}")

@@ -39,7 +39,7 @@ def quantize_rows(weight: Tensor, candidates: Tensor = SHRINK) -> tuple[Tensor, 
     """Round a float weight (C, …) to int8 of the same shape, -127 to 127, with a float scale (C,).
 
     Each row takes the clipping point of `candidates` with the least squared error. Its largest weight always becomes
-    ±127, which is why quantizing an expanded weight with its own maximum (candidates [1.0]) finds the same integers.
+    ±127, so quantizing an expanded weight with its own maximum (candidates [1.0]) finds the same integers.
     """
     rows = weight.flatten(1)
     largest = rows.abs().amax(1, keepdim=True).clamp(min=1e-12)                           # (C, 1)
