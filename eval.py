@@ -67,7 +67,13 @@ def evaluate(arguments) -> int:
     folders, problems, hints = named_folders(arguments.segs), [], []
     truths = files_by_name(arguments.gts, problems)
     masks = {name: files_by_name(folder, problems) for name, folder in folders.items()}
-    compare_names(masks, truths, arguments.skip_missing, problems)
+    without = "cases without masks, " + ("left out" if arguments.skip_missing else "scored 0")
+    for name, found in masks.items():
+        for names, what in ((found.keys() - truths.keys(), "files without ground truth"),
+                            (truths.keys() - found.keys(), without)):
+            if names:
+                problems.append(f"{name}: expected masks of all cases and of no others, found {len(names)} {what}: "
+                                f"{', '.join(sorted(names))}")
     output = arguments.output or next(iter(folders.values()))
     output.mkdir(parents=True, exist_ok=True)                # before the work, not after it
 
@@ -77,9 +83,10 @@ def evaluate(arguments) -> int:
             results[name].append(row)
         problems += wrong
         hints += odd
+    single = len(results) == 1
     for name, rows in results.items():
         add_seconds(rows, folders[name], problems)
-        tables[f"metrics_{name}.csv" if len(results) > 1 else "metrics.csv"] = metrics_csv(rows)
+        tables["metrics.csv" if single else f"metrics_{name}.csv"] = metrics_csv(rows)
     average = "Each data set stands as a modality of its own" if arguments.by_source else \
         "The average over modalities is the paper's"
     heading = (f"## Scores on {arguments.gts}\n\nDSC and NSD in percent, NSD at a tolerance of {arguments.tolerance:g} "
@@ -89,18 +96,15 @@ def evaluate(arguments) -> int:
         with whole_file(output / name) as temporary:
             temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
     print(tables["summary.md"])
-    if arguments.figure:
-        for name, rows in results.items():
-            draw_figures(arguments.figure / (name if len(results) > 1 else ""), rows, problems)
+    for name, rows in results.items() if arguments.figure else ():
+        draw_figures(arguments.figure / (name * (not single)), rows, problems)
     for line in problems + hints:
         print(line, file=sys.stderr)
     return int(bool(problems))
 
 
-# --------------------------------------------------------------------------------------------------------------- files
-
 def named_folders(arguments):
-    """"name=folder" or "folder" (named after itself) -> {name: folder}. ValueError where a name comes twice."""
+    """Return {name: folder} of "name=folder" and "folder", named after itself. ValueError where a name comes twice."""
     folders = {}
     for argument in arguments:
         name, _, folder = ("", "", argument) if Path(argument).exists() else argument.rpartition("=")
@@ -113,7 +117,7 @@ def named_folders(arguments):
 
 
 def files_by_name(folder, problems):
-    """{composed file name: path} of all NPZ files below the folder; a line in `problems` for each name that recurs."""
+    """Return {composed file name: path} of a folder's NPZ files; each name that recurs costs a line in `problems`."""
     found = {}
     for path in list_cases(folder):
         if (first := found.setdefault(composed(path.name), path)) != path:
@@ -121,21 +125,8 @@ def files_by_name(folder, problems):
     return found
 
 
-def compare_names(masks, truths, skip_missing, problems):
-    """Lines in `problems` about masks without ground truth and ground truth without masks."""
-    for name, found in masks.items():
-        for names, what in ((found.keys() - truths.keys(), "files without ground truth"),
-                            (truths.keys() - found.keys(),
-                             f"cases without masks, {'left out' if skip_missing else 'scored 0'}")):
-            if names:
-                problems.append(f"{name}: expected masks of all cases and of no others, found {len(names)} {what}: "
-                                f"{', '.join(sorted(names))}")
-
-
-# ------------------------------------------------------------------------------------------------------------- scoring
-
 def score_all(masks, truths, arguments):
-    """`score` of every case, in processes where --workers says so."""
+    """Do `score` for every case, in processes where --workers says so."""
     paths = [{name: found.get(case) for name, found in masks.items()} for case in truths]
     with ProcessPoolExecutor(max(1, arguments.workers)) as pool:        # without a job it starts no process
         run = pool.map if arguments.workers > 1 else map
@@ -146,8 +137,8 @@ def score_all(masks, truths, arguments):
 def score(truth, masks, arguments):
     """Score one case of all results: {name: row as in report.py}, lines about bad files, lines that only hint.
 
-    `masks` is {name of the result: path of its masks or None}; rows also hold the paths `truth` and `masks`. There are
-    no rows where the ground truth is bad.
+    `masks` is {name of the result: path or None}; rows also hold the paths `truth` and `masks`. Where the ground truth
+    is bad there are none.
     """
     rows, wrong, hints = {}, [], []
     try:
@@ -178,12 +169,10 @@ def score(truth, masks, arguments):
     return rows, wrong, hints
 
 
-# ------------------------------------------------------------------------------------------------------------- figures
-
 def draw_figures(folder, rows, problems):
-    """For each target a PNG: best case above worst (by DSC) as image, ground truth and prediction contours (Fig. 2).
+    """Save a PNG per target, best case above worst (by DSC), a volume by its slice with the largest labelled area.
 
-    A volume is shown by the slice with the largest labelled area. What cannot be drawn costs a line in `problems`.
+    Image, ground truth and prediction stand side by side (Fig. 2). What cannot be drawn costs a line in `problems`.
     """
     rows = sorted((row for row in rows if row["masks"] and row["labels"]), key=lambda row: -row["dsc"])
     for target in sorted({row["modality"] for row in rows}):

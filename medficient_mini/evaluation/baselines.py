@@ -45,13 +45,14 @@ def main(argv=None) -> int:
         for path in (bar := ProgressBar(paths, len(paths), "filling")):
             try:
                 case = read_case(path)
+                segs = fill(case.shape, case.boxes, arguments.shape == "ellipse")
             except ValueError as error:
                 bar.write(str(error))
                 status = 1
-            else:
-                for warning in case.warnings:
-                    bar.write(warning)
-                write_segs(arguments.output / path.name, fill(case.shape, case.boxes, arguments.shape == "ellipse"))
+                continue
+            for warning in case.warnings:
+                bar.write(warning)
+            write_segs(arguments.output / path.name, segs)
     except (ValueError, OSError) as error:
         print(first_line(error), file=sys.stderr)
         return 1

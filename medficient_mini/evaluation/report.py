@@ -1,12 +1,11 @@
 """Scores of cases -> the paper's tables (MedficientSAM, Tables 4, 5, 7), as Markdown and CSV.
 
-A row is a dict: case (file name), modality (as in the file name; with eval.py --by-source modality and data set), kind
-("2D" or "3D"), labels (number scored), dsc, nsd (fractions, None where the ground truth has no label) and, where there
-are any, nsd_contour and seconds. Results are a dict, name -> list of rows.
+A row is a dict: case (file name), modality (with eval.py --by-source and data set), kind ("2D" or "3D"), labels (number
+scored), dsc, nsd (fractions, None where the ground truth has no label) and, where there are any, nsd_contour and
+seconds. Results are a dict, name -> list of rows.
 """
 import csv
 import io
-from contextlib import suppress
 from itertools import chain, combinations
 from pathlib import Path
 
@@ -22,6 +21,7 @@ AVERAGES = ("average over modalities", "average over cases")
 KINDS = ("2D", "3D")
 TITLE = {"dsc": "DSC", "nsd": "NSD", "nsd_contour": "contour NSD", "XRay": "X-Ray", "2D": "2D, mean over cases",
          "3D": "3D, mean over cases", None: "–"}             # what the tables print for a key, where it differs
+COLUMNS = ("dsc", "nsd", "nsd_contour", "seconds")
 DRAWS = 2000                         # bootstrap samples
 
 
@@ -33,38 +33,35 @@ def summarise(rows: list[dict]) -> dict[str, dict]:
     """
     scored = [row for row in rows if row["dsc"] is not None]
     table = {target: means([row for row in scored if row["modality"] == target]) for target in modalities_of(rows)}
-    over_modalities = means(table.values()) | {"cases": len(scored)}
-    over_modalities.pop("seconds", None)
-    table |= zip(AVERAGES, (over_modalities, means(scored)))
+    table |= zip(AVERAGES, (means(table.values(), COLUMNS[:3]) | {"cases": len(scored)}, means(scored)))
     timed = [row for row in rows if row.get("seconds") is not None]
     for kind in KINDS if timed else ():
-        table[kind] = means([{"seconds": row["seconds"]} for row in timed if row["kind"] == kind])
+        table[kind] = means([row for row in timed if row["kind"] == kind], ["seconds"])
     return table
 
 
-def means(rows) -> dict:
-    """The number of rows, and the mean of each of their columns over those that have it, if any."""
-    columns = {key: [row[key] for row in rows if row.get(key) is not None] for key in columns_of(rows)}
-    return {"cases": len(rows)} | {key: float(np.mean(values)) for key, values in columns.items() if values}
+def means(rows, columns=COLUMNS) -> dict:
+    """Count the rows and average each of their columns over those that have it, if any."""
+    found = {key: [row[key] for row in rows if row.get(key) is not None] for key in columns}
+    return {"cases": len(rows)} | {key: float(np.mean(values)) for key, values in found.items() if values}
 
 
 def modalities_of(rows) -> list[str]:
-    """The modalities of the rows that have a score, in the paper's order, others behind."""
+    """List the modalities of the rows that have a score, in the paper's order, others behind."""
     found = {row["modality"] for row in rows if row["dsc"] is not None}
     return [m for m in MODALITIES if m in found] + sorted(found.difference(MODALITIES))
 
 
 def columns_of(rows) -> list[str]:
-    """The columns that the rows have: contour NSD and seconds only where they were measured."""
-    return ["dsc", "nsd"] + [key for key in ("nsd_contour", "seconds") if any(key in row for row in rows)]
+    """List the columns that the rows have: contour NSD and seconds only where they were measured."""
+    return ["dsc", "nsd"] + [key for key in COLUMNS[2:] if any(key in row for row in rows)]
 
 
 def paired_differences(a: list[dict], b: list[dict], scores: list[str]):
     """Compare two results over the cases that have a score in both.
 
     Returns the number of cases, and for each score the mean of b - a over them and, given two patients or more, the
-    ends of its 95 % interval. The bootstrap, which is seeded, draws whole patients, as cases of one are no independent
-    evidence.
+    ends of its 95 % interval. The seeded bootstrap draws whole patients: cases of one are no independent evidence.
     """
     a, b = ({row["case"]: row for row in rows if row["dsc"] is not None} for rows in (a, b))
     cases = sorted(a.keys() & b.keys())
@@ -97,15 +94,15 @@ def markdown(results: dict[str, list[dict]], published: bool = False, heading: s
     if "seconds" in columns:
         times = {name: {target: entry.get("seconds") for target, entry in summary.items()}
                  for name, summary in summaries.items()} | (SECONDS if published else {})
-        parts += ["### Runtime, mean seconds per case", table(["Target", *times], [
-            [target, *(column.get(target) for column in times.values())] for target in [*targets, *KINDS]])]
+        lines = [[target, *(column.get(target) for column in times.values())] for target in [*targets, *KINDS]]
+        parts += ["### Runtime, mean seconds per case", table(["Target", *times], lines)]
         if published:
             parts.append("Published: MedficientSAM, Table 5, measured on an Intel Core i9-10900K.")
     return "\n\n".join(parts) + "\n"
 
 
 def score_table(summaries, targets, scores, published):
-    """The layout of Table 4: a row per target, for each column its scores in percent, the best of a score in bold."""
+    """Lay out Table 4: a row per target, for each column its scores in percent, the best of a score in bold."""
     columns = {(name, key): {target: round(100 * entry[key], 2) for target, entry in summary.items() if key in entry}
                for name, summary in summaries.items() for key in scores}
     columns |= published_scores() if published else {}
@@ -115,23 +112,23 @@ def score_table(summaries, targets, scores, published):
         line = [target, "/".join(counts)]
         for (_, key), values in columns.items():
             best = max(other.get(target, 0) for (_, score), other in columns.items() if score == key)
-            text = cell(values.get(target))
-            line.append(f"**{text}**" if len(columns) > len(scores) and values.get(target) == best else text)
+            bold = "**" * (len(columns) > len(scores) and values.get(target) == best)
+            line.append(bold + cell(values.get(target)) + bold)
         lines.append(line)
     return table(["Target", "Cases"] + [f"{name} {TITLE[key]}" for name, key in columns], lines)
 
 
 def difference_table(results, targets, scores):
-    """A line per pair of results and target; the target None is all cases."""
+    """Write a line per pair of results and target; the target None is all cases."""
     lines = []
     for (first, a), (second, b) in combinations(results.items(), 2):
         for target in targets:
             pair = [[row for row in rows if target in (None, row["modality"])] for rows in (a, b)]
             cases, estimates = paired_differences(*pair, scores)
             line = [f"{second} − {first}", target or "all cases", cases]
-            for mean, *ends in estimates:
-                limits = ", ".join(f"{100 * end:+.2f}" for end in ends)
-                line.append(f"{100 * mean:+.2f} [{limits or '–'}]")
+            for mean, *ends in 100 * np.array(estimates):
+                limits = ", ".join(f"{end:+.2f}" for end in ends) or "–"
+                line.append(f"{mean:+.2f} [{limits}]")
             lines.append(line)
     titles = [f"{TITLE[key]} points, mean [95 % interval]" for key in scores]
     return table(["Pair", "Target", "Cases in both", *titles], lines)
@@ -159,12 +156,12 @@ def summary_csv(results: dict[str, list[dict]]) -> str:
 
 
 def csv_text(first: list[str], lines: list[dict]) -> str:
-    """The first columns and those of `columns_of`."""
+    """Write these first columns and those of `columns_of`."""
     text = io.StringIO()
     writer = csv.DictWriter(text, first + columns_of(lines), extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    for line in lines:
-        writer.writerow({key: f"{cell:.6f}" if isinstance(cell, float) else cell for key, cell in line.items()})
+    writer.writerows({key: f"{value:.6f}" if isinstance(value, float) else value for key, value in line.items()}
+                     for line in lines)
     return text.getvalue()
 
 
@@ -175,7 +172,7 @@ def add_seconds(rows: list[dict], folder, problems: list[str]) -> None:
     """
     path, seconds = Path(folder) / "efficiency.csv", {}
     try:
-        with suppress(FileNotFoundError), open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
             for count, line in enumerate(csv.reader(file), 1):
                 try:
                     seconds[composed(line[0])] = float(line[1])
@@ -183,6 +180,8 @@ def add_seconds(rows: list[dict], folder, problems: list[str]) -> None:
                     if line and line[0] != "case":           # jobs that start together may write the heading twice
                         found = ",".join(line)
                         problems.append(f"{path}: line {count}: expected case,seconds, found {found}: left out")
+    except FileNotFoundError:
+        return
     except (OSError, csv.Error) as error:
         problems.append(f"{path}: {first_line(error)}")
     for row in rows if seconds else ():
