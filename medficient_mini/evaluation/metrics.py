@@ -12,9 +12,9 @@ LOWEST_DSC = 0.2                     # At or below this mean DSC the challenge's
 
 
 def dsc(gt: np.ndarray, seg: np.ndarray) -> float:
-    """Return the Dice similarity coefficient of two masks, 2 |gt and seg| / (|gt| + |seg|), 0 … 1.
+    """Return the Dice coefficient 2 |gt and seg| / (|gt| + |seg|), 0 … 1, of masks (H, W) or (D, H, W), nonzero inside.
 
-    gt, seg: (H, W) or (D, H, W), nonzero inside. NaN if both are empty, ValueError for shapes that differ.
+    NaN if both are empty, ValueError for shapes that differ.
     """
     gt, seg = as_masks(gt, seg)
     total = np.count_nonzero(gt) + np.count_nonzero(seg)
@@ -24,9 +24,9 @@ def dsc(gt: np.ndarray, seg: np.ndarray) -> float:
 def nsd(gt: np.ndarray, seg: np.ndarray, spacing_mm=None, tolerance_mm: float = 2.0) -> float:
     """Return the normalised surface distance of two masks, 0 … 1; NaN if both are empty.
 
-    gt, seg: (D, H, W) with three `spacing_mm` in the order of the axes, or (H, W), which are scored as the challenge
-    does (see above) whatever the spacing. `tolerance_mm`, pixels in 2D, is the distance that still counts as near.
-    ValueError for shapes that differ, or a spacing that is not three positive numbers.
+    gt, seg: (D, H, W) with three `spacing_mm` in the order of the axes, or (H, W), scored as the challenge does (see
+    above) whatever the spacing. `tolerance_mm`, pixels in 2D, is the distance that still counts as near. ValueError for
+    shapes that differ, or a spacing that is not three positive numbers.
     """
     gt, seg = as_masks(gt, seg)
     if gt.ndim == 2:
@@ -47,9 +47,9 @@ def case_scores(gts: np.ndarray, segs: np.ndarray, spacing_mm=None, tolerance_mm
                 contour: bool = False) -> dict:
     """Score one case: {"labels": n, "dsc": mean, "nsd": mean}, with `contour` also "nsd_contour" (in 3D NSD itself).
 
-    gts, segs: uint8 or uint16 labels of one shape; the rest is as in `nsd`. The means are over the n labels of the
-    ground truth, and None where it has none. NSD is 0 where the mean DSC is at most LOWEST_DSC. Both are conventions
-    of the challenge.
+    gts, segs: uint8 or uint16 labels of one shape; the rest is as in `nsd`. By the challenge's conventions the means
+    are over the n labels of the ground truth, None where it has none, and NSD is 0 where the mean DSC is at most
+    LOWEST_DSC.
     """
     from scipy.ndimage import find_objects
     scores = []
@@ -69,7 +69,7 @@ def case_scores(gts: np.ndarray, segs: np.ndarray, spacing_mm=None, tolerance_mm
 
 
 def as_masks(gt, seg):
-    """Two bool masks of one shape with two or three axes; ValueError for others."""
+    """Return two bool masks of one shape with two or three axes; ValueError for others."""
     gt, seg = np.asarray(gt, bool), np.asarray(seg, bool)
     if gt.shape != seg.shape or gt.ndim not in (2, 3):
         raise ValueError(f"expected two masks of one shape with 2 or 3 axes, found {gt.shape} and {seg.shape}")
@@ -77,7 +77,7 @@ def as_masks(gt, seg):
 
 
 def near_share(gt, seg, spacing_mm, tolerance_mm, sizes):
-    """The NSD of two bool masks with two or three axes; `sizes` holds the size of the surfel of each code."""
+    """Return the NSD of two bool masks with two or three axes; `sizes` holds the size of the surfel of each code."""
     from scipy.ndimage import binary_erosion
     from scipy.spatial import cKDTree
     gt_sizes, seg_sizes = [sizes[surfel_codes(mask.view(np.uint8))] for mask in (gt, seg)]    # of each grid corner

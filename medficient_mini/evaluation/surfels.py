@@ -20,8 +20,8 @@ CONTOUR_LENGTHS = np.array([0, SLANT, SLANT, 1, SLANT, 1, 2 * SLANT, SLANT,
 def surfel_codes(mask: np.ndarray) -> np.ndarray:
     """Return the code of every grid corner of a mask (D, H, W) or (H, W), uint8 of 0 and 1: uint8, one longer an axis.
 
-    The voxel before the corner on every axis gives the highest bit, the one after it the lowest; 1 is inside. A corner
-    whose code is 0 or has all bits set holds no surfel.
+    The voxel before the corner on every axis gives the highest bit, the one after it the lowest; 1 is inside. Codes 0
+    and with all bits set hold no surfel.
     """
     codes = np.pad(mask, 1)
     for axis in range(mask.ndim):
@@ -31,13 +31,13 @@ def surfel_codes(mask: np.ndarray) -> np.ndarray:
 
 
 def surfel_areas(spacing_mm: tuple[float, float, float]) -> np.ndarray:
-    """Return the area in mm² of the surfel of each of the 256 codes.
+    """Return the area in mm² of the surfel of each of the 256 codes, as the challenge's table has it for one spacing.
 
-    The vertices of a surfel are the midpoints of the edges between an inside and an outside voxel. On every face of
-    the cube they are joined in pairs, so that of two inside voxels that face each other diagonally each is cut off by
-    itself, and so form polygons. Where more than four voxels are inside, those of the complement are taken, as in
-    Lorensen and Cline's marching cubes (SIGGRAPH 1987). A polygon is cut into triangles from the corner whose
-    triangles lie in the fewest planes. These are the triangles behind the challenge's table, for any spacing.
+    The midpoints of the edges between an inside and an outside voxel are its vertices. On every face of the cube they
+    are joined in pairs, so that of two inside voxels that face each other diagonally each is cut off by itself, and so
+    form polygons. Where more than four voxels are inside, those of the complement are taken, as in Lorensen and Cline's
+    marching cubes (SIGGRAPH 1987). A polygon is cut into triangles from the corner whose triangles lie in the fewest
+    planes.
     """
     codes, sides = surface_triangles()
     normals = np.cross(*(sides * spacing_mm).swapaxes(0, 1))
@@ -46,7 +46,7 @@ def surfel_areas(spacing_mm: tuple[float, float, float]) -> np.ndarray:
 
 @lru_cache
 def surface_triangles():
-    """Two sides of each triangle (M, 2, 3) of all 256 codes in steps of the grid, and the code (M,) of each."""
+    """Return two sides of each triangle (M, 2, 3) of all 256 codes in grid steps, and the code (M,) of each."""
     corners = list(itertools.product((1, 0), repeat=3))      # of the cube, from the lowest bit to the highest
     faces = [[(*corner[:axis], side, *corner[axis:]) for corner in SQUARE] for axis in range(3) for side in (0, 1)]
     codes, sides = [], []
@@ -61,7 +61,7 @@ def surface_triangles():
 
 
 def segments(face, inside: set) -> list:
-    """Pairs of edge midpoints joined on a face, given by its four corners in order and all corners inside."""
+    """Return pairs of edge midpoints joined on a face, given by its four corners in order, and all corners inside."""
     if face[0] in inside:            # Starting outside, the edges before and behind each inside voxel come in pairs.
         face = face[1:] + face[:1]
     edges = zip(face, face[1:] + face[:1])
@@ -83,14 +83,14 @@ def polygons(segments: list) -> list:
 
 
 def fan(polygon: list, k: int) -> np.ndarray:
-    """The triangles (M, 2, 3) of a polygon cut from its corner k: their two sides at that corner."""
+    """Cut a polygon from its corner k into triangles (M, 2, 3): their two sides at that corner."""
     points = np.roll(polygon, -k, axis=0)
     sides = points[1:] - points[0]
     return np.stack([sides[:-1], sides[1:]], 1)
 
 
 def planes(triangles: np.ndarray) -> int:
-    """The number of different planes that triangles with a common corner lie in."""
+    """Count the different planes that triangles with a common corner lie in."""
     normals = np.cross(triangles[:, 0], triangles[:, 1])
     normals /= np.linalg.norm(normals, axis=1, keepdims=True)
     return len(np.unique(normals.round(6) + 0.0, axis=0))

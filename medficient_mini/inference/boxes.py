@@ -56,9 +56,9 @@ def check_boxes(boxes, shape: tuple[int, ...], name: str, z_exclusive: bool = Fa
 
 
 def check_points(points, labels, shape: tuple[int, int]) -> tuple[ndarray, ndarray]:
-    """Check points (P, 2), x y, on an image (H, W), one at least, and their labels (P,), 1 or True on the object.
+    """Check points (P, 2), x y, P > 0, on an image (H, W), and their labels (P,), 1 or True on the object.
 
-    Returns them as float64 (P, 2) and int64 (P,). ValueError, "points: expected …" or "point labels: expected …".
+    Returns float64 and int64 arrays. ValueError, "points: expected …" or "point labels: expected …".
     """
     points, labels = as_numbers(points, "points"), as_numbers(labels, "point labels")
     if points.ndim != 2 or points.shape[1] != 2 or not len(points):

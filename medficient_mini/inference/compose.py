@@ -1,7 +1,7 @@
 """Which object keeps a pixel that several masks claim: N masks, given as logits, become one picture of labels.
 
-The published propagation (volume.py) alone has a rule of its own. Full-size logits exist for one object at a time,
-and only where its mask is. README.md beside this file compares the rules.
+Full-size logits exist for one object at a time, and only where its mask is. README.md beside this file compares the
+rules; the published propagation (volume.py) has its own.
 """
 import numpy as np
 from numpy import ndarray
@@ -104,8 +104,8 @@ def compose(found: Composition, objects: ndarray, logits: Tensor, boxes: ndarray
 def lies_inside(i: int, j: int, inside: ndarray, areas: ndarray, boxes: ndarray) -> bool:
     """Tell whether object i lies inside object j, judged on the network's own grid of 256×256.
 
-    At least 80 % of its mask and of its box lie in the other's, and its mask is at most 80 % as large. The boxes are
-    asked as well because a poor mask may lie anywhere, and the sizes because two masks of one thing are no nest.
+    At least 80 % of its mask and of its box lie in the other's (a poor mask may lie anywhere), and its mask is at most
+    80 % as large (two masks of one thing are no nest).
     """
     low, high = np.maximum(boxes[i, :2], boxes[j, :2]), np.minimum(boxes[i, 2:], boxes[j, 2:])
     shared_box = np.prod((high - low + 1).clip(0))

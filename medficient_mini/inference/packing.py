@@ -2,7 +2,6 @@
 
 A packed state dict holds, for every convolution and linear weight, `key` int8 (the weight's shape) and `key.scale`
 float32 (first dimension): weight = int8 · scale. Small tensors and vectors (norms, biases, tokens) stay as they are.
-Packing what was expanded gives the same integers again: nothing is lost by saving twice.
 """
 import torch
 from torch import Tensor
@@ -38,8 +37,8 @@ def expand_state(packed: State) -> State:
 def quantize_rows(weight: Tensor, candidates: Tensor = SHRINK) -> tuple[Tensor, Tensor]:
     """Round a float weight (C, …) to int8 of the same shape, -127 to 127, with a float scale (C,).
 
-    Each row takes the clipping point of `candidates` with the least squared error. Its largest weight always becomes
-    ±127, so quantizing an expanded weight with its own maximum (candidates [1.0]) finds the same integers.
+    Each row takes the clipping point of `candidates` with the least squared error. Its largest weight becomes ±127, so
+    packing what was expanded, with its own maximum (candidates [1.0]), gives the same integers again.
     """
     rows = weight.flatten(1)
     largest = rows.abs().amax(1, keepdim=True).clamp(min=1e-12)                           # (C, 1)

@@ -1,7 +1,7 @@
 """From a loaded network and prompts to masks: `Predictor`, with SAM's interface, and one call for an image.
 
-Volumes are in volume.py. Everything here needs of a network only `image_encoder(x)`, `decode(…)`, `image_size` and
-`resize`, so its fast form (cpu/fast.py) serves as well as the plain one.
+Everything here needs of a network only `image_encoder(x)`, `decode(…)`, `image_size` and `resize`, so its fast form
+(cpu/fast.py) serves as well.
 """
 import warnings
 
@@ -69,8 +69,8 @@ def segment_image(model, image: ndarray, boxes: ndarray, overlap: str = OVERLAPS
                   details: bool = False, separate: bool = False) -> ndarray | Composition:
     """Segment the objects in boxes of an image: labels (H, W), where box k gives label k, counted from 1.
 
-    The image is uint8 (H, W) or (H, W, 3) RGB; boxes are (N, 4) x0 y0 x1 y1 in its pixels, both corners included.
-    The rest, and the errors, are as in `segment_volume`.
+    The image is uint8 (H, W) or (H, W, 3) RGB; boxes are (N, 4) x0 y0 x1 y1 in its pixels, both corners included. The
+    rest, and the errors, are as in `segment_volume`.
     """
     image = checked_pixels(image, 2)
     boxes = checked_boxes(boxes, image.shape[:2])
@@ -145,14 +145,13 @@ class Predictor:
     def predict(self, point_coords: ndarray | None = None, point_labels: ndarray | None = None,
                 box: ndarray | None = None, mask_input: ndarray | None = None, multimask_output: bool = True,
                 return_logits: bool = False) -> tuple[ndarray, ndarray, ndarray]:
-        """Predict the masks of one prompt, given in pixels of the image.
+        """Predict the masks of one prompt, given in pixels of the image, as SAM does.
 
         Points are (P, 2) x y with labels (P,), 1 or True on the object, 0 beside it; the box (4,) x0 y0 x1 y1; the mask
-        (1, 256, 256), logits of an earlier prediction. Returns masks (C, H, W) bool, with `return_logits` float32
-        logits; predicted IoU (C,) float32; logits (C, 256, 256) float32; C is 3 with `multimask_output`, else 1.
-
-        Not in SAM: boxes (N, 4) without points and mask are N prompts, and all results have N in front. RuntimeError
-        where no image is set, ValueError for prompts that `check_boxes` or `check_points` refuses, and for none.
+        (1, 256, 256), logits of an earlier prediction. Returns masks (C, H, W) bool, float32 with `return_logits`;
+        predicted IoU (C,); logits (C, 256, 256); C is 3 with `multimask_output`, else 1. Not in SAM: boxes (N, 4)
+        without points and mask are N prompts, and all results have N in front. RuntimeError where no image is set,
+        ValueError for prompts that `check_boxes` or `check_points` refuses, and for none.
         """
         self.get_image_embedding()
         frame, boxes, points, labels, mask = (*self.original_size, self.model.image_size), None, None, None, None
@@ -170,7 +169,7 @@ class Predictor:
     def predict_torch(self, point_coords: Tensor | None, point_labels: Tensor | None, boxes: Tensor | None = None,
                       mask_input: Tensor | None = None, multimask_output: bool = True,
                       return_logits: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Predict the masks of B prompts, given in pixels of the network's input (`transform` brings them there).
+        """Predict the masks of B prompts, in pixels of the network's input (`transform` brings them there).
 
         Points are (B, P, 2) with labels (B, P), -1 where there are fewer; boxes (B, 4); mask_input (B, 1, 256, 256).
         Returns masks (B, C, H, W), predicted IoU (B, C), logits (B, C, 256, 256); all else is as in `predict`.
