@@ -12,10 +12,7 @@ LOWEST_DSC = 0.2                     # At or below this mean DSC the challenge's
 
 
 def dsc(gt: np.ndarray, seg: np.ndarray) -> float:
-    """Return the Dice coefficient 2 |gt and seg| / (|gt| + |seg|), 0 … 1, of masks (H, W) or (D, H, W), nonzero inside.
-
-    NaN if both are empty, ValueError for shapes that differ.
-    """
+    """Return the Dice coefficient of masks (H, W) or (D, H, W), 0 … 1, NaN if both are empty. ValueError as in `nsd`."""
     gt, seg = as_masks(gt, seg)
     total = np.count_nonzero(gt) + np.count_nonzero(seg)
     return 2 * np.count_nonzero(gt & seg) / total if total else float("nan")

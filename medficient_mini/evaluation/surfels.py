@@ -33,11 +33,10 @@ def surfel_codes(mask: np.ndarray) -> np.ndarray:
 def surfel_areas(spacing_mm: tuple[float, float, float]) -> np.ndarray:
     """Return the area in mm² of the surfel of each of the 256 codes, as the challenge's table has it for one spacing.
 
-    The midpoints of the edges between an inside and an outside voxel are its vertices. On every face of the cube they
-    are joined in pairs, so that of two inside voxels that face each other diagonally each is cut off by itself, and so
-    form polygons. Where more than four voxels are inside, those of the complement are taken, as in Lorensen and Cline's
-    marching cubes (SIGGRAPH 1987). A polygon is cut into triangles from the corner whose triangles lie in the fewest
-    planes.
+    The vertices are the midpoints of the edges between an inside and an outside voxel. On every face of the cube they
+    are joined in pairs, so that of two inside voxels facing each other diagonally each is cut off by itself, and so
+    form polygons; with more than four voxels inside, those of the complement (Lorensen and Cline's marching cubes,
+    SIGGRAPH 1987). A polygon is cut into triangles from the corner whose triangles lie in the fewest planes.
     """
     codes, sides = surface_triangles()
     normals = np.cross(*(sides * spacing_mm).swapaxes(0, 1))

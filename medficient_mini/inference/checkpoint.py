@@ -107,10 +107,7 @@ def read_torch(path):
 
 
 def load_state(path, content=None) -> tuple[str, State]:
-    """Read a checkpoint file, or take its `content`: the name of its network, one of NETWORKS, and its bare state dict.
-
-    ValueError for a file of another kind.
-    """
+    """Read a checkpoint file, or its `content`: its network, a key of NETWORKS, and its bare state dict. ValueError."""
     content = read_torch(path) if content is None else content
     if not isinstance(content, dict):
         raise ValueError(f"{path}: weights: expected a state dict, found {type(content).__name__}")
@@ -145,10 +142,7 @@ def _tensors(content, front: str = ""):
 
 
 def load_strictly(model: torch.nn.Module, state: State, path) -> None:
-    """Make the tensors of a state dict the model's own, without copying those that have its type already.
-
-    ValueError, one line, unless every key is there, of the right shape and finite.
-    """
+    """Give a model these tensors, uncopied; ValueError unless all are there, of the right shape, finite and no more."""
     own = model.state_dict()
     # Batch norm's counters are absent from some exports and play no part in inference.
     state = {key: torch.tensor(0) for key in own if key.endswith("num_batches_tracked")} | state

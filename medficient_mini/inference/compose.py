@@ -102,11 +102,8 @@ def compose(found: Composition, objects: ndarray, logits: Tensor, boxes: ndarray
 
 
 def lies_inside(i: int, j: int, inside: ndarray, areas: ndarray, boxes: ndarray) -> bool:
-    """Tell whether object i lies inside object j, judged on the network's own grid of 256×256.
-
-    At least 80 % of its mask and of its box lie in the other's (a poor mask may lie anywhere), and its mask is at most
-    80 % as large (two masks of one thing are no nest).
-    """
+    """Tell whether object i lies inside object j: most of its mask, at 256×256, and of its box, and it is smaller."""
+    # A poor mask may lie anywhere, so the boxes are asked as well; two masks of one thing, as large, are no nest.
     low, high = np.maximum(boxes[i, :2], boxes[j, :2]), np.minimum(boxes[i, 2:], boxes[j, 2:])
     shared_box = np.prod((high - low + 1).clip(0))
     return bool(shared_box >= INSIDE * np.prod(boxes[i, 2:] - boxes[i, :2] + 1)

@@ -81,10 +81,7 @@ def modality_of(name, with_source: bool = False) -> str:
 
 
 def read_case(path, need_boxes: bool = True, need_gts: bool = False, z_exclusive: bool = False) -> Case:
-    """Read and check one case, with `boxes` and `gts` where they are needed; ValueError, one line, if it is bad.
-
-    With z_exclusive the file's z1 is the slice after the last one; in the Case it is the last one either way.
-    """
+    """Read and check one case; ValueError, one line, if it is bad. `z_exclusive` is as in `check_boxes`."""
     with _open(path, "gts" * need_gts, "imgs", *need_boxes * ["boxes"], *need_gts * ["gts"]) as (arrays, header):
         case = Case(header.path.name, header.modality)
         pixels = _read_pixels(arrays["imgs"], case)
@@ -114,10 +111,7 @@ def read_header(path, need_gts: bool = False) -> Header:
 
 
 def read_labels(path, field: str) -> tuple[ndarray, ndarray | None]:
-    """Read labels, "gts" or "segs", uint8 or uint16, and the spacing of a volume's `gts`, float64 (3,), else None.
-
-    The file may do without images. ValueError as `read_case`.
-    """
+    """Read labels, "gts" or "segs", uint8 or uint16, and the spacing of a volume's `gts`, else None."""
     with _open(path, field, field) as (arrays, header):
         has_spacing = field == "gts" and header.is_3d and "spacing" in arrays
         return _read_labels(arrays[field], header), _read_spacing(arrays["spacing"]) if has_spacing else None

@@ -45,10 +45,7 @@ def encode(model, image: ndarray, as_sam: bool = False) -> Tensor:
 @torch.inference_mode()
 def decode(model, embedding: Tensor, boxes: Tensor | None = None, coords: Tensor | None = None,
            labels: Tensor | None = None, masks: Tensor | None = None, multimask: bool = False) -> tuple[Tensor, Tensor]:
-    """Decode N prompts on one embedding, as `Sam.decode` does, BATCH at a time: all masks come from here.
-
-    Returns logits (N, C, 256, 256) and predicted IoU (N, C), float32 on the CPU; C is 3 with `multimask`, else 1.
-    """
+    """Decode N prompts, BATCH at a time: logits (N, 1 or 3, 256, 256) and IoU (N, 1 or 3), float32 on the CPU."""
     prompts = (boxes, coords, labels, masks)
     count, channels = next(len(prompt) for prompt in prompts if prompt is not None), 3 if multimask else 1
     logits, iou = torch.zeros(count, channels, 256, 256), torch.zeros(count, channels)
@@ -101,11 +98,10 @@ class Predictor:
     """One image, many prompts: the interface of `segment_anything.SamPredictor`, argument for argument.
 
         predictor = Predictor(load_model())
-        predictor.set_image(rgb)                                          # uint8 (H, W, 3)
+        predictor.set_image(rgb)                                              # uint8 (H, W, 3)
         masks, iou, logits = predictor.predict(box=np.array([x0, y0, x1, y1]), multimask_output=False)
 
-    Not in SAM: `sam_preprocessing=True` prepares images for SAM's own weights of ViT-B, see `sam_input`. One network
-    may serve several predictors.
+    Not in SAM: `sam_preprocessing=True` prepares images for SAM's own weights of ViT-B, see `sam_input`.
     """
 
     def __init__(self, sam_model, *, sam_preprocessing: bool = False):
