@@ -16,10 +16,7 @@ from ..show.progress import ProgressBar
 
 
 def fill(shape: tuple[int, ...], boxes: np.ndarray, ellipse: bool) -> np.ndarray:
-    """Return labels (H, W) or (D, H, W) of boxes (N, 4) x0 y0 x1 y1 or (N, 6) x0 y0 z0 x1 y1 z1.
-
-    Corner pixels belong to a box; later boxes lie over earlier ones. An ellipse touches all sides of its box.
-    """
+    """Return labels (H, W) or (D, H, W) of boxes (N, 4) or (N, 6), corners included; later ones lie over earlier."""
     segs = np.zeros(shape, np.int32)
     for label, box in enumerate(boxes, 1):
         high, low = np.split(box[::-1], 2)                                     # both [z] y x

