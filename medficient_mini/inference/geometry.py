@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from numpy import ndarray
 from torch import Tensor
 
-INTERPOLATION = {"bilinear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA}
 SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)       # of red, green and blue
 Region = tuple[slice, slice]         # rows and columns of an image
 
@@ -35,11 +34,12 @@ def to_network(image: ndarray, size: int, resize: str = "bilinear") -> Tensor:
     LiteMedSAM), min-max normalised over the whole image, and padded.
     """
     height, width = scaled_size(*image.shape[:2], size)
-    image = cv2.resize(image, (width, height), interpolation=INTERPOLATION[resize]).astype(np.float32)
+    method = cv2.INTER_AREA if resize == "area" else cv2.INTER_LINEAR
+    image = cv2.resize(image, (width, height), interpolation=method).astype(np.float32)
     image -= image.min()
     image /= max(image.max(), 1e-8)
     padded = np.zeros((3, size, size), np.float32)
-    padded[:, :height, :width] = image if image.ndim == 2 else image.transpose(2, 0, 1)
+    padded[:, :height, :width] = np.atleast_3d(image).transpose(2, 0, 1)
     return torch.from_numpy(padded)
 
 

@@ -4,7 +4,7 @@ import sys
 import unicodedata
 from pathlib import Path
 
-PREFIX = re.compile(r"[23]D(Box)?_[^_.]+_")                  # dimension and modality, as in 3D_CT_STS_001
+PREFIX = re.compile(r"^[23]D(Box)?_[^_.]+_")                 # dimension and modality, as in 3D_CT_STS_001
 SLICE = re.compile(r"(?<![a-z])(slice|slc|sl|frame|layer|z)[-_ ]*\d+.*|-(image|img)[-_ ]*\d+$", re.IGNORECASE)
 BARE = re.compile(r"(image|img|im)?[-_ ]*\d+", re.IGNORECASE)
 # The shortest beginning that ends with a word for a patient and its number or letter, whatever follows, or with a
@@ -49,10 +49,11 @@ def patient_of(name: str, pattern: str | None = None) -> str:
             found = re.search(pattern, stem)
         except re.error as error:
             raise ValueError(f"patient pattern: expected a regular expression, found {pattern!r} ({error})") from None
-        if not found or not found[found.re.groups > 0]:
+        patient = found and found[found.re.groups > 0]
+        if not patient:
             raise ValueError(f"{path.name}: patient: expected a name that {pattern!r} matches")
-        return found[found.re.groups > 0]
-    rest = PREFIX.sub("", stem, count=1) if PREFIX.match(stem) else stem
+        return patient
+    rest = PREFIX.sub("", stem)
     named = "" if BARE.fullmatch(rest) else SLICE.sub("", rest).rstrip("-_ ")
     rest = named or path.parent.name or rest
     numbered = NUMBERED.match(rest)
