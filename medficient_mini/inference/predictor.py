@@ -70,10 +70,11 @@ def segment_image(model, image: ndarray, boxes: ndarray, overlap: str = OVERLAPS
     rest, and the errors, are as in `segment_volume`.
     """
     image = checked_pixels(image, 2)
-    boxes = checked_boxes(boxes, image.shape[:2])
-    found = Composition(image.shape[:2], len(boxes), separate)
+    shape = image.shape[:2]
+    boxes = checked_boxes(boxes, shape)
+    found = Composition(shape, len(boxes), separate)
     if len(boxes):
-        prompts = boxes_to_network(boxes, *image.shape[:2], model.image_size)
+        prompts = boxes_to_network(boxes, *shape, model.image_size)
         logits = decode_boxes(model, encode(model, image), prompts)
         compose(found, np.arange(len(boxes)), logits, boxes, model.image_size, overlap)
     return found if details else found.labels
@@ -128,8 +129,8 @@ class Predictor:
             image = np.ascontiguousarray(image[..., ::-1])
         self.reset_image()
         self.features = encode(self.model, image, self.sam_preprocessing)
-        self.original_size = image.shape[:2]
-        self.input_size = scaled_size(*self.original_size, self.model.image_size)
+        self.original_size, self.frame = image.shape[:2], (*image.shape[:2], self.model.image_size)
+        self.input_size = scaled_size(*self.frame)
         self.is_image_set = True
 
     def get_image_embedding(self) -> Tensor:
@@ -150,16 +151,15 @@ class Predictor:
         ValueError for prompts that `check_boxes` or `check_points` refuses, and for none.
         """
         self.get_image_embedding()
-        frame, boxes, points, labels, mask = (*self.original_size, self.model.image_size), None, None, None, None
+        one = box is None or np.shape(box) == (4,)
         if box is not None:
-            boxes = boxes_to_network(checked_boxes(box, self.original_size), *frame)
+            box = boxes_to_network(checked_boxes(box, self.original_size), *self.frame)
         if point_coords is not None or point_labels is not None:
             points, labels = check_points(point_coords, point_labels, self.original_size)
-            points, labels = boxes_to_network(points, *frame)[None], torch.from_numpy(labels)[None]
+            point_coords, point_labels = boxes_to_network(points, *self.frame)[None], torch.from_numpy(labels)[None]
         if mask_input is not None:
-            mask = torch.as_tensor(mask_input, dtype=torch.float32)[None]
-        results = self.predict_torch(points, labels, boxes, mask, multimask_output, return_logits)
-        one = box is None or np.shape(box) == (4,)
+            mask_input = torch.as_tensor(mask_input, dtype=torch.float32)[None]
+        results = self.predict_torch(point_coords, point_labels, box, mask_input, multimask_output, return_logits)
         return tuple((result[0] if one else result).cpu().numpy() for result in results)
 
     def predict_torch(self, point_coords: Tensor | None, point_labels: Tensor | None, boxes: Tensor | None = None,
@@ -185,9 +185,8 @@ class Predictor:
                 raise ValueError("point labels: expected 0, 1 or -1, one for each prompt at least")
             point_labels = point_labels.int()                            # of booleans, the padding -1 would become 1
         logits, iou = decode(self.model, embedding, boxes, point_coords, point_labels, mask_input, multimask_output)
-        frame = (*self.original_size, self.model.image_size)
         if return_logits:
-            masks = postprocess_masks(logits, *frame)
+            masks = postprocess_masks(logits, *self.frame)
         else:
-            masks = torch.from_numpy(logits_to_mask(logits.flatten(0, 1), *frame)).unflatten(0, logits.shape[:2])
-        return masks.to(self.device), iou.to(self.device), logits.to(self.device)
+            masks = torch.from_numpy(logits_to_mask(logits.flatten(0, 1), *self.frame)).unflatten(0, logits.shape[:2])
+        return tuple(result.to(self.device) for result in (masks, iou, logits))
