@@ -92,8 +92,8 @@ def read_case(path, need_boxes: bool = True, need_gts: bool = False, z_exclusive
             case.image = np.ascontiguousarray(np.broadcast_to(rgb, (*header.size, 3)))
         if need_boxes:
             boxes = arrays["boxes"].read(np.float64)
-            case.boxes, lines = check_boxes(boxes, header.size, case.name, z_exclusive)
-            case.warnings += lines
+            case.boxes, remarks = check_boxes(boxes, header.size, case.name, z_exclusive)
+            case.warnings += remarks
         if need_gts:
             case.gts = _read_labels(arrays["gts"], header)
         if header.is_3d and "spacing" in arrays:
@@ -175,7 +175,7 @@ class _Array:
         if self.dtype == np.uint8:
             return 0, 255
         extremes = np.array([(piece.min(), piece.max()) for piece in self.pieces()])
-        return extremes[:, 0].min(), extremes[:, 1].max()
+        return extremes.min(), extremes.max()
 
 
 def _describe(path: Path, arrays: dict[str, _Array], labels: str) -> Header:

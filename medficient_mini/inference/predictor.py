@@ -151,9 +151,10 @@ class Predictor:
         ValueError for prompts that `check_boxes` or `check_points` refuses, and for none.
         """
         self.get_image_embedding()
-        one = box is None or np.shape(box) == (4,)
+        one = True
         if box is not None:
-            box = boxes_to_network(checked_boxes(box, self.original_size), *self.frame)
+            checked = checked_boxes(box, self.original_size)
+            one, box = np.shape(box) == (4,), boxes_to_network(checked, *self.frame)
         if point_coords is not None or point_labels is not None:
             points, labels = check_points(point_coords, point_labels, self.original_size)
             point_coords, point_labels = boxes_to_network(points, *self.frame)[None], torch.from_numpy(labels)[None]
