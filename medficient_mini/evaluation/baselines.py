@@ -42,14 +42,12 @@ def main(argv=None) -> int:
         for path in (bar := ProgressBar(paths, len(paths), "filling")):
             try:
                 case = read_case(path)
-                segs = fill(case.shape, case.boxes, arguments.shape == "ellipse")
+                write_segs(arguments.output / path.name, fill(case.shape, case.boxes, arguments.shape == "ellipse"))
+                lines = case.warnings
             except ValueError as error:
-                bar.write(str(error))
-                status = 1
-                continue
-            for warning in case.warnings:
-                bar.write(warning)
-            write_segs(arguments.output / path.name, segs)
+                lines, status = [str(error)], 1
+            for line in lines:
+                bar.write(line)
     except (ValueError, OSError) as error:
         print(first_line(error), file=sys.stderr)
         return 1

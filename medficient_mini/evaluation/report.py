@@ -6,7 +6,7 @@ dict, name -> list of rows.
 """
 import csv
 import io
-from itertools import chain, combinations
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +82,7 @@ def paired_differences(a: list[dict], b: list[dict], scores: list[str]):
 def markdown(results: dict[str, list[dict]], published: bool = False, heading: str = "") -> str:
     """Write summary.md: scores side by side, differences of each pair, runtimes."""
     summaries = {name: summarise(rows) for name, rows in results.items()}
-    rows = list(chain(*results.values()))
+    rows = sum(results.values(), [])
     targets, columns = modalities_of(rows), columns_of(rows)
     scores = [key for key in columns if key != "seconds"]
     parts = [heading, score_table(summaries, [*targets, *AVERAGES], scores, published)]

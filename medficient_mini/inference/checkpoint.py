@@ -1,4 +1,4 @@
-"""From a file to a loaded network. Every published layout is handled here and nowhere else.
+"""From a file to a loaded network, never running code in it. Every published layout is handled here and nowhere else.
 
 | file | layout | what it holds |
 |---|---|---|
@@ -8,8 +8,6 @@
 | ours, 8 bits (cpu/int8.py, packing.py) | `{"model": {…}, "calibration": {…}}` | whole model |
 | MedficientSAM distilled (Lightning) | `{"state_dict": {"student_encoder.…", "teacher_encoder.…"}}` | encoder only |
 | others | the state dict as the only dict of named tensors, under any keys | either |
-
-Files are opened with `weights_only=True`: code in them is never run.
 """
 import hashlib
 import importlib.util

@@ -1,8 +1,8 @@
 """The one reader of NPZ files: cases with `imgs`, `boxes`, `gts` and `spacing`, and masks with `segs`.
 
-Everything wrong with a file becomes a ValueError of one line, "<file name>: <field>: expected …, found …". Arrays are
-streamed out of the archive, so a volume is only ever held as uint8, whatever type it was saved in, and a header that
-promises more than the file holds is refused before anything is allocated.
+What is wrong with a file is a ValueError of one line, "<file name>: <field>: expected …, found …". Arrays are streamed,
+so a volume is only ever held as uint8, whatever type it was saved in, and a header that promises more than the file
+holds is refused before anything is allocated.
 """
 import math
 import re
