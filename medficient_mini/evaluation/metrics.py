@@ -12,7 +12,7 @@ LOWEST_DSC = 0.2                     # At or below this mean DSC the challenge's
 
 
 def dsc(gt: np.ndarray, seg: np.ndarray) -> float:
-    """Return the Dice coefficient of masks (H, W) or (D, H, W), 0 … 1, NaN if both are empty. ValueError as in `nsd`."""
+    """Return the Dice coefficient of masks (H, W) or (D, H, W), 0 … 1, NaN if both are empty. ValueError as `nsd`."""
     gt, seg = as_masks(gt, seg)
     total = np.count_nonzero(gt) + np.count_nonzero(seg)
     return 2 * np.count_nonzero(gt & seg) / total if total else float("nan")

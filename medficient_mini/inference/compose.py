@@ -66,15 +66,11 @@ def compose(found: Composition, objects: ndarray, logits: Tensor, boxes: ndarray
     `objects` are their numbers, int (n,), from 0 and ascending; logits (n, 256, 256) on the CPU are above 0 inside;
     boxes (n, 4) x0 y0 x1 y1, in pixels, clip the masks of a slice. `size` is the side of the network's input.
 
-    Objects are laid down from the largest mask to the smallest, equally large ones in the order of their boxes'
-    coordinates. An object takes the pixels that are free, and of those that another has already,
-
-    - overlap "inside": all of an object inside which it lies (see `lies_inside`), else where its logit is higher;
-    - "higher": those where its logit is higher;
-    - "later": those of objects with a lower label, as the authors of MedficientSAM have it.
-
-    So the labels are the same in whatever order the boxes come, but for "later". Equal boxes have equal logits: the
-    first of them keeps all. ValueError for another overlap.
+    Objects are laid down from the largest mask to the smallest, equally large ones by their boxes' coordinates. Each
+    takes the free pixels, and of those of another: with overlap "inside" all of an object inside which it lies
+    (`lies_inside`), else where its logit is higher; with "higher" the latter alone; with "later", as the authors of
+    MedficientSAM have it, those of lower labels. So the labels are the same in whatever order the boxes come, but for
+    "later"; of equal boxes the first keeps all. ValueError for another overlap.
     """
     if overlap not in OVERLAPS:
         raise ValueError(f"overlap: expected one of {', '.join(OVERLAPS)}, found {overlap!r}")

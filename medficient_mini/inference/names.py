@@ -36,11 +36,9 @@ def patient_of(name: str, pattern: str | None = None) -> str:
     """Guess the key that all files of one patient share, from a file name or path: training splits by patient.
 
     2D_CT_CURVAS_10001-458 and 2D_CT_CURVAS_10001-509 are slices of CURVAS_10001; 3D_CT_STS_001 and 3D_PET_STS_001 are
-    STS_001; P001_slice01 is P001. A name that may as well count patients, as COVID-01, is a patient of its own. A file
-    named after its slice alone belongs to its folder: patient1/slice_01 to patient1.
-
-    A `pattern` finds the patient in the file name instead: a regular expression's first group, or all that it matches
-    where it has none. ValueError if it is no regular expression, or does not match.
+    STS_001; P001_slice01 is P001. A name that may as well count patients, as COVID-01, is a patient of its own; a file
+    named after its slice alone belongs to its folder. A `pattern` finds the patient instead: a regular expression's
+    first group, or all that it matches. ValueError if it is no regular expression, or does not match.
     """
     path = Path(name)
     stem = path.name.removesuffix(".npz")
