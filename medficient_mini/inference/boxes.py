@@ -56,7 +56,7 @@ def check_boxes(boxes, shape: tuple[int, ...], name: str, z_exclusive: bool = Fa
 
 
 def check_points(points, labels, shape: tuple[int, int]) -> tuple[ndarray, ndarray]:
-    """Check points (P, 2), x y, on an image (H, W): float64, and labels (P,), 1 or True on the object: int64. ValueError."""
+    """Check points (P, 2), x y, on an image (H, W), and labels (P,), 1 or True on the object: float64 and int64."""
     points, labels = as_numbers(points, "points"), as_numbers(labels, "point labels")
     if points.ndim != 2 or points.shape[1] != 2 or not len(points):
         raise FieldError(f"points: expected shape (P, 2), x y, P > 0, found {points.shape}")

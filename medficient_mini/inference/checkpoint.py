@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..files import first_line, stray_kind, whole_file
 from ..machine import return_memory
-from ..nets.sam import NETWORKS, Sam, build_sam
+from ..nets.sam import NETWORKS, build_sam
 from .packing import State, expand_state
 
 LITE_MEDSAM_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
