@@ -39,16 +39,14 @@ def parse_arguments(argv=None):
     add("--init", str, "start from this checkpoint's image encoder, e.g. of a run at a smaller --size")
     add("--teacher", "lite_medsam", "checkpoint of any of the five networks, also of its encoder alone, or lite_medsam; "
         "the paper's is MedSAM's medsam_vit_b.pth")
-    add("--embeddings", str, "keep the teacher's embeddings in this folder (float16, 2 MB each; computed once, "
-        "restartable) and train without the teacher. With flips and no mask loss all four flipped versions are kept")
-    add("--embeddings-limit", int, "compute them for at most so many training slices, all modalities served (0: use "
-        "what is there); the other slices serve the mask loss alone")
+    add("--embeddings", str, "keep the teacher's embeddings in this folder (float16, 2 MB each, restartable) and train "
+        "without the teacher. With flips and no mask loss all four flipped versions are kept")
+    add("--embeddings-limit", int, "compute them for so many training slices (0: use what is there); the other slices "
+        "serve the mask loss alone")
     add("--no-flips", True, "no random flips", dest="flips")
-    add("--augment", False, "also random shift, scale and rotation; such a sample has no cached embedding, so with "
-        "--embeddings it needs --mask-loss or --plain")
+    add("--augment", False, "also random shift, scale and rotation; with --embeddings it needs --mask-loss or --plain")
     add("--plain", 0.0, "part of the samples left unaugmented: they keep the target of their cached embedding")
-    add("--start-from-statistics", False, "the student's last norm starts from the teacher's per-channel mean and "
-        "standard deviation")
+    add("--start-from-statistics", False, "the student's last norm starts from the teacher's mean and deviation")
     add("--embedding-loss", 1.0, "weight of the embedding error")
     add("--mask-loss", 0.0, "weight of Dice + 4 * cross-entropy of masks through the frozen decoder of "
         "--decoder-weights; the embedding error then counts in units of the teacher's variance")
@@ -56,14 +54,14 @@ def parse_arguments(argv=None):
 
 
 def load_parts(model, weights, *parts):
-    """Load the named parts of a network, strictly, from a checkpoint that may hold others too."""
+    """Load parts of a network, strictly, from a checkpoint that may hold others too."""
     path = resolve(weights)
     state = {key: value for key, value in load_state(path)[1].items() if key.split(".")[0] in parts}
     load_strictly(nn.ModuleDict({part: getattr(model, part) for part in parts}), state, path)
 
 
 def load_teacher(arguments, world):
-    """The network of --teacher with its image encoder's weights; its decoder plays no part and keeps random ones."""
+    """The network of --teacher with its image encoder's weights; its decoder plays no part."""
     teacher = build_sam(load_state(resolve(arguments.teacher))[0])
     load_parts(teacher, arguments.teacher, "image_encoder")
     return world.to_device(teacher.eval().requires_grad_(False))
@@ -76,8 +74,7 @@ def build_student(arguments):
         load_parts(student, arguments.init, "image_encoder")
     if arguments.decoder_weights:
         load_parts(student, arguments.decoder_weights, "prompt_encoder", "mask_decoder")
-    student.prompt_encoder.requires_grad_(False)
-    student.mask_decoder.requires_grad_(False)
+    student.requires_grad_(False).image_encoder.requires_grad_(True)
     return student
 
 
@@ -110,15 +107,15 @@ def keep_embeddings(arguments, world, dataset):
     """Compute what --embeddings lacks, each process its share, flipped too where flips have nothing else to teach."""
     flips = [(False, False)] if dataset.objects or dataset.mode == "none" else FLIPS
     items = [(dataset.cases[index], z, flip) for index, z in dataset.slices for flip in flips]
-    # Each its share first: what is there already differs from one look to the next while the others are writing.
+    # Each its share first: what is there already changes while the others are writing.
     wanted = [item for item in items[world.rank::world.size]
               if not embedding_path(arguments.embeddings, *item).exists()]
     teacher = load_teacher(arguments, world) if wanted else None
     for case, z, flip in ProgressBar(wanted, len(wanted), "teacher"):
         image = np.flip(dataset.cache.image_and_labels(case, z)[0], np.flatnonzero(flip[::-1]))     # rows are axis 0
-        batch = world.to_device({"image": to_network(image.copy(), teacher.image_size, teacher.resize)[None]})
+        image = to_network(image.copy(), teacher.image_size, teacher.resize)[None]
         with world.autocast():
-            embedding = teacher.image_encoder(batch["image"])[0]               # (256, 64, 64)
+            embedding = target(teacher, world.to_device({"teacher_image": image}))[0]          # (256, 64, 64)
         save_embedding(embedding_path(arguments.embeddings, case, z, flip), embedding)
     world.sum({})                                                               # all wait for the slowest
 
@@ -145,8 +142,7 @@ def compute_targets(arguments, world, dataset, validation):
 class Distillation(nn.Module):
     """What stage 1 trains and how: the task of a Trainer (see trainer.py).
 
-    Without a `teacher` the batches bring its embeddings. With masks the embedding error counts in units of the
-    teacher's variance; where validation has objects, the student's decoder is a trained one and DSC decides.
+    With masks the embedding error counts in units of the teacher's variance; where validation has objects DSC decides.
     """
     frozen = ()
 
@@ -163,8 +159,8 @@ class Distillation(nn.Module):
 
     def count(self, batch):
         """The items of the two terms: images with a target, valid boxes."""
-        known = int(batch["has_embedding"].sum()) if self.teacher is None else len(batch["image"])
-        return {"embedding": known, "mask": int(batch["box_valid"].sum()) if "mask" in self.weights else 0}
+        known = batch["has_embedding"].sum().item() if self.teacher is None else len(batch["image"])
+        return {"embedding": known, "mask": batch["box_valid"].sum().item() if "mask" in self.weights else 0}
 
     def loss(self, batch):
         """The terms of the loss, each averaged over its items."""

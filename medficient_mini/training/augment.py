@@ -12,17 +12,15 @@ from ..inference.volume import section_boxes
 def augment(image, labels, rng, mode, limit):
     """Move an image, uint8 (H, W) or (H, W, 3), and its integer labels (H, W) together.
 
-    Mode "none" moves nothing. "flips" flips each axis with probability 0.5. "full" flips and then, with probability
-    0.5, shifts by up to 0.0625 of the side, scales by 0.8 to 1.2 and rotates by up to 90 degrees (MedficientSAM,
-    section 3.3); before that an image is shrunk to `limit` pixels on its longer side.
-
-    Returns image, labels, and whether they were flipped (horizontally, vertically), None where they were rotated too.
+    "flips" flips each axis with probability 0.5. "full" flips, then with probability 0.5 shrinks to `limit` pixels on
+    the longer side, shifts by up to 0.0625 of the side, scales by 0.8 to 1.2 and rotates by up to 90 degrees
+    (MedficientSAM, Sec. 3.3). Returns image, labels and flip (horizontally, vertically), None if rotated.
     """
     if mode == "none":
         return image, labels, (False, False)
     flip = tuple((rng.random(2) < 0.5).tolist())
     axes = tuple(np.flatnonzero(flip[::-1]))                                   # rows are axis 0
-    # Copies, since torch takes no negative strides, which np.ascontiguousarray leaves an axis of length 1.
+    # Copies, for torch takes no negative strides; np.ascontiguousarray leaves them where an axis has length 1.
     image, labels = np.flip(image, axes).copy(), np.flip(labels, axes).copy()
     if mode == "full" and rng.random() < 0.5:
         return *shift_scale_rotate(image, labels.astype(np.int32), rng, limit), None
@@ -60,8 +58,7 @@ def draw_augmented(image, labels, rng, mode, limit):
 def photometric(image, rng):
     """Change how bright, contrasted, sharp and noisy an image is, its colours, or swap black and white of a grey one.
 
-    Clinics' devices differ in just that. uint8 (H, W) or (H, W, 3) RGB gives uint8 of the same shape, its range of
-    values first spread to 0-255; three of ten images are returned as they are, the same array.
+    uint8 (H, W) or (H, W, 3) RGB gives uint8 of that shape; three of ten images are returned as they are.
     """
     is_same, gamma, contrast, inverse, colour, blur, noise = rng.random(7) < [0.3, 0.5, 0.4, 0.1, 0.5, 0.2, 0.2]
     if is_same:
@@ -89,8 +86,7 @@ def photometric(image, rng):
 def mask_to_network(mask, size):
     """Resize a mask bool (H, W) as its image is, to uint8 (size, size) of 0 and 1 with zeros to the right and below.
 
-    A pixel is set where at least half of it is covered. Of a structure thinner than a pixel those that are covered
-    most are set, so that a mask that is not empty stays so.
+    A pixel is set where half of it is covered; of a structure thinner than a pixel those that are covered most.
     """
     height, width = scaled_size(*mask.shape, size)
     interpolation = cv2.INTER_AREA if max(mask.shape) > size else cv2.INTER_LINEAR
@@ -104,10 +100,9 @@ def mask_to_network(mask, size):
 class Objects:
     """How the objects of a slice become prompts and targets: at most `count` of them, in random order.
 
-    Both methods to draw them return a dict of boxes (count, 4) float32, x0 y0 x1 y1 in pixels of a square of
-    `prompt_size`, masks (count, mask_size, mask_size) uint8, and box_valid (count,) bool; rows that are not valid are
-    zero. Each side of a tight box moves outward by 0 to `shift` whole pixels of the original image, then either way
-    by up to `jitter` (below 0.5) of the box's side, and stays inside the image.
+    They come as a dict of boxes (count, 4) float32, x0 y0 x1 y1 in pixels of a square of `prompt_size`, masks (count,
+    mask_size, mask_size) uint8, and box_valid (count,) bool; other rows are zero. A side of a box moves outward by 0
+    to `shift` pixels of the original image, then either way by up to `jitter` (below 0.5) of the box's side.
     """
     count: int
     mask_size: int
@@ -124,9 +119,8 @@ class Objects:
     def draw_in_use(self, labels, rng, objects, z, flip):
         """Prompt the objects of slice z of a volume as inference does, by `section_boxes` of their loosened boxes.
 
-        In z a box is loosened by up to one slice: where it reaches beyond its object the right answer is an empty
-        mask. In a slice without any label all boxes reach so far. `labels` (H, W) of the slice were flipped by `flip`
-        (horizontally, vertically), `objects` (see `SliceCache.objects`) were not.
+        In z a box is loosened by up to one slice, where the right answer is an empty mask; in a slice without labels
+        all are. `labels` (H, W) were flipped by `flip`, `objects` (see `SliceCache.objects`) were not.
         """
         objects = np.array(objects, float).reshape(-1, 7)
         objects[:, [3, 6]] += np.array([-1, 1]) * (rng.integers(0, 2, (len(objects), 2)) if labels.any() else 1)

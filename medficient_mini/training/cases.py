@@ -15,10 +15,9 @@ from ..show.progress import ProgressBar
 
 
 def scan_cases(folder, strict=False, need_masks=False):
-    """Find the cases below a folder, subfolders included: list of npz.Header, sorted by path.
+    """Find the cases below a folder: list of npz.Header, sorted by path. ValueError if there is none.
 
-    A bad file, with `need_masks` also one without `gts`, costs a line on stderr, or with `strict` is the ValueError
-    that else says that no case is left.
+    A bad file, with `need_masks` also one without `gts`, costs a line on stderr, or with `strict` a ValueError.
     """
     paths = list_cases(folder)
     cases = [header for _, header in _each(partial(read_header, need_gts=need_masks), paths, "checking cases", strict)]
@@ -42,10 +41,10 @@ def _each(function, items, label, strict):
 
 
 def split_cases(cases, val_fraction, seed, patient_pattern=None):
-    """Keep part of the patients for validation, in every modality alike: training cases, validation cases.
+    """Keep part of the patients for validation: training cases, validation cases.
 
     Each modality gives `val_fraction` of its patients, rounded, but at least one, and keeps at least one. Cases of a
-    single patient are split one by one, so of two cases each side holds one. `patient_pattern`: see `patient_of`.
+    single patient are split one by one. `patient_pattern`: see `patient_of`.
     """
     patients = [patient_of(case.path, patient_pattern) for case in cases]
     if len(set(patients)) == 1:
@@ -102,8 +101,7 @@ def with_neighbours(cases, slices):
 def balance_weights(cases, slices, power=0.5):
     """Weigh slices so that volumes do not drown images: float64 (number of slices,), of sum 1.
 
-    A modality is drawn with probability proportional to (its number of cases) ** power (1: as it comes, 0: all
-    modalities alike), within it every case alike, within a case every slice alike.
+    A modality weighs (its number of cases) ** power, within it every case alike, within a case every slice alike.
     """
     slices_of = Counter(index for index, _ in slices)
     cases_of = Counter(cases[index].modality for index in slices_of)

@@ -1,7 +1,6 @@
 """One process or several (torchrun), which compute what one with the whole batch would.
 
-Each scales its loss by its share of the objects, and DistributedDataParallel averages the gradients. Batch norm sees
-all batches on GPUs (SyncBatchNorm); on CPUs each process's own, with the running statistics of the first.
+Batch norm sees all batches on GPUs (SyncBatchNorm); on CPUs each process's own, with the statistics of the first.
 """
 import os
 import sys
@@ -16,11 +15,7 @@ from ..machine import TORCHRUN, native_bf16, place_among_processes
 
 
 class Distributed:
-    """This process, number `rank` among `size` of them, with its `device` and precision.
-
-    device: "cpu", "cuda", "cuda:1", … or "auto", the process's own GPU or the CPU; ValueError for one that is not here.
-    amp: "auto" for bfloat16 where the hardware has it, or "off".
-    """
+    """This process, number `rank` of `size`; ValueError for a device that is not here. See --device and --amp."""
 
     def __init__(self, device="auto", amp="auto"):
         missing = [name for name in TORCHRUN if name not in os.environ]
@@ -30,10 +25,10 @@ class Distributed:
         self.rank, self.size, local = place_among_processes()
         self.first = self.rank == 0
         here = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-        if device == "cuda" or device == "auto" and len(here) > 1:
+        if device == "auto":
+            device = "cuda" if len(here) > 1 else "cpu"
+        if device == "cuda":
             device = f"cuda:{local}"
-        elif device == "auto":
-            device = "cpu"
         if device not in here:
             raise ValueError(f"--device: expected auto, {', '.join(here)}, found {device}")
         self.device = torch.device(device)

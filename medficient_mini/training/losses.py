@@ -1,7 +1,4 @@
-"""What both stages compute of a batch: masks from valid boxes, the losses, the Dice coefficient of validation.
-
-Losses are computed in float32: sums over 512 x 512 pixels lose their low digits in half precision, which autocast keeps.
-"""
+"""What both stages compute of a batch: masks from valid boxes, losses (in float32), Dice coefficient of validation."""
 import torch
 import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss
@@ -18,8 +15,7 @@ def decode_boxes(network, embedding, batch):
 def embedding_mse(pred, target, known=None):
     """Mean squared error between embeddings (B, 256, 64, 64) (MedficientSAM, Sec. 2; MobileSAM, 2306.14289, Sec. 4.1).
 
-    The mean is taken over the samples that are `known`, (B,) bool, 0 if none is. What `target` holds for the others
-    has no influence, not even NaN.
+    Of the `known` samples, (B,) bool, alone, 0 if none is; what `target` holds for the others counts not even if NaN.
     """
     difference = pred.float() - target.float()
     if known is None:
@@ -30,10 +26,7 @@ def embedding_mse(pred, target, known=None):
 
 
 def dice_loss(logits, masks):
-    """1 - Dice with squared denominator (V-Net, Milletari et al., arXiv 1606.04797, Sec. 3), mean over N masks.
-
-    logits (N, H, W), masks (N, H, W) in 0 ... 1. Two empty masks give a loss of 0.
-    """
+    """1 - Dice with squared denominator (V-Net, arXiv 1606.04797, Sec. 3), mean over logits and 0/1 masks (N, H, W)."""
     probability, truth = logits.float().flatten(1).sigmoid(), masks.float().flatten(1)      # (N, H * W)
     overlap = 2 * (probability * truth).sum(1)
     total = (probability ** 2).sum(1) + (truth ** 2).sum(1)
@@ -48,9 +41,9 @@ def enlarged(logits, masks):
 def finetune_loss(logits, masks, iou, mask_gradient=True):
     """Dice + 20 * focal + IoU MSE (MedficientSAM, Sec. 2; weights of Segment Anything, arXiv 2304.02643, Sec. A).
 
-    The focal loss has gamma 2 and no class weights (Lin et al., arXiv 1708.02002, Eq. 4). logits (N, 1, 256, 256) are
-    enlarged to the masks (N, S, S) of 0 and 1; iou (N, 1) learns the IoU of {logits > 0}. The published code enlarges
-    under no_grad, so that only the IoU head's error trains: as here without `mask_gradient`.
+    The focal loss (arXiv 1708.02002, Eq. 4) has gamma 2 and no class weights. logits (N, 1, 256, 256) are enlarged to
+    the masks (N, S, S); iou (N, 1) learns the IoU of {logits > 0}. In the published code, as here without
+    `mask_gradient`, that is all that trains.
     """
     logits = enlarged(logits, masks)                                           # (N, S, S)
     if not mask_gradient:

@@ -6,10 +6,7 @@ from torch.optim.swa_utils import AveragedModel
 
 
 class AdamW(torch.optim.Optimizer):
-    """Adam with decoupled weight decay and bias correction (Loshchilov & Hutter, arXiv 1711.05101, Algorithm 2).
-
-    `params` are parameters, or groups of them, each with its own `lr` or `weight_decay` if it names them.
-    """
+    """Adam with decoupled weight decay and bias correction (Loshchilov & Hutter, arXiv 1711.05101, Algorithm 2)."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
@@ -34,41 +31,29 @@ class AdamW(torch.optim.Optimizer):
                 p.addcdiv_(mean, root, value=-lr / (1 - beta1 ** state["step"]))
 
 
-def cosine_annealing(step, steps, warmup):
-    """A linear rise over the first `warmup` updates, then half a cosine to 0 (SGDR, arXiv 1608.03983, Eq. 5)."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return (1 + cos(pi * (step - warmup) / (steps - warmup))) / 2
+def learning_rate(arguments, step, steps, scores):
+    """The rate of update `step` (from 0) of `steps`, by --lr, --schedule, --warmup; `scores` of epochs rise where better.
 
-
-def reduce_on_plateau(scores):
-    """Halved after each epoch whose score is not above the best by a relative 0.0001 (higher is better).
-
-    It is torch's ReduceLROnPlateau with factor 0.5 and patience 0.
+    cosine: a linear rise over the warm-up, then half a cosine to 0 (SGDR, arXiv 1608.03983, Eq. 5). halve: after each
+    epoch. plateau: after each epoch that is not better by a relative 0.0001 (torch's ReduceLROnPlateau, patience 0).
     """
+    if arguments.schedule == "cosine":
+        warmup = arguments.warmup
+        factor = (step + 1) / warmup if step < warmup else (1 + cos(pi * (step - warmup) / (steps - warmup))) / 2
+        return arguments.lr * factor
     factor, best = 1.0, None
     for score in scores:
-        if best is None or score > best + 1e-4 * abs(best):
+        if arguments.schedule == "plateau" and (best is None or score > best + 1e-4 * abs(best)):
             best = score
         else:
             factor *= 0.5
-    return factor
-
-
-def learning_rate(arguments, step, steps, scores):
-    """The learning rate of update `step` (from 0) of `steps`, by --lr, --schedule and the scores of earlier epochs."""
-    if arguments.schedule == "cosine":
-        return arguments.lr * cosine_annealing(step, steps, arguments.warmup)
-    if arguments.schedule == "halve":                                          # after each epoch
-        return arguments.lr * 0.5 ** len(scores)
-    return arguments.lr * reduce_on_plateau(scores)
+    return arguments.lr * factor
 
 
 def moving_average(model, decay):
     """An exponential moving average of a model's weights and buffers (Polyak & Juditsky 1992) as torch's AveragedModel.
 
-    At update n it moves by 1 - min(decay, (1 + n) / (10 + n)) towards the weights, so that a random start is soon
-    forgotten. What is not floating point, such as batch norm's counters, is copied.
+    At update n it moves by 1 - min(decay, (1 + n) / (10 + n)) towards the weights: a random start is soon forgotten.
     """
     def average(old, new, n):
         return old.lerp(new, 1 - min(decay, (1 + int(n)) / (10 + int(n)))) if old.is_floating_point() else new

@@ -30,10 +30,7 @@ RANGES = ((1, math.inf, "bs accumulate epochs steps samples_per_epoch limit_samp
 
 
 def add_option(group, names, default, help, **more):
-    """Add an option to a group of argparse: a switch where its default is a bool; a type stands for no default.
-
-    Any other default tells the type, and the help names it.
-    """
+    """Add an option to a group of argparse: a switch where its default is a bool; a type stands for no default."""
     if isinstance(default, bool):
         more["action"] = "store_false" if default else "store_true"
     elif isinstance(default, type):
@@ -45,10 +42,7 @@ def add_option(group, names, default, help, **more):
 
 
 def common_parser(doc, *, out, lr, weight_decay, bs, schedule, boxes):
-    """Return a parser with the options of both scripts; the defaults given here differ in the paper's two tables.
-
-    `@FILE` stands for the options in a file, read like a shell's: several on a line, quotes, comments behind #.
-    """
+    """Return a parser with the options of both scripts, or in an `@FILE`, read like a shell's."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      fromfile_prefix_chars="@")
     parser.convert_arg_line_to_args = partial(shlex.split, comments=True)
@@ -56,22 +50,21 @@ def common_parser(doc, *, out, lr, weight_decay, bs, schedule, boxes):
     add("--data", "data/train", "folder of NPZ cases, searched recursively")
     add("--val", str, "folder of validation cases; without it --val-fraction of the patients of --data")
     add("--val-fraction", 0.1, "part of the patients for validation")
-    add("--patient", str, "regular expression for the patient in a file's name: its first group or the whole match "
-        "(default: guessed, e.g. P001 of P001_slice01)", metavar="REGEX")
+    add("--patient", str, "how to find the patient in a file's name (default: guessed, e.g. P001 of P001_slice01)",
+        metavar="REGEX")
     add("--val-limit", 200, "validate on at most so many slices")
     add("--strict", False, "stop at a bad file instead of skipping it")
     add("--limit-samples", int, "train on so many slices drawn at random")
     add("--samples-per-epoch", int, "length of an epoch (default: every slice once)")
-    add("--balance", float, "draw modalities in proportion to (number of cases) ** POWER, within one every case alike "
-        "(POWER without a number: 0.5; off by default)", nargs="?", const=0.5, metavar="POWER")
+    add("--balance", float, "draw modalities in proportion to (number of cases) ** POWER (without a number 0.5)",
+        nargs="?", const=0.5, metavar="POWER")
     add("--cache", "runs/cache", "folder of unpacked volumes")
     add("--cache-mb", 20000, "size limit of --cache in MiB")
     add("--size", int, "side of the input in pixels; smaller multiples of 32 make cheap early epochs of EfficientViT")
     add("--boxes", boxes, "objects drawn per image")
     add("--box-shift", 5, "largest outward shift of a box's side in pixels")
     add("--box-jitter", 0.0, "and shift either way by up to this part of the box's side, below 0.5")
-    add("--in-use", 0.0, "part of the samples of volumes with the boxes that inference gives each slice, sometimes "
-        "beyond the object's end, where masks are empty")
+    add("--in-use", 0.0, "part of volumes' samples with the boxes of inference, sometimes beyond the object's end")
     add("--photometric", False, "also change brightness, contrast, sharpness, noise, colours")
     add("--decoder-weights", str, "checkpoint whose prompt encoder and mask decoder are taken")
     add = partial(add_option, parser.add_argument_group("optimisation"))
@@ -86,8 +79,8 @@ def common_parser(doc, *, out, lr, weight_decay, bs, schedule, boxes):
         "cosine to zero over all updates", choices=("plateau", "halve", "cosine"))
     add("--warmup", 0, "updates of a linear rise of the learning rate, with cosine")
     add("--clip", 0.5, "largest gradient norm")
-    add("--average --ema", float, "decay of an exponential moving average of the weights, which is then validated and "
-        "written, e.g. 0.999", dest="ema")
+    add("--average --ema", float, "decay, e.g. 0.999, of an average of the weights, which is validated and written",
+        dest="ema")
     add("--seed", 42, "another one gives other samples and other random weights")
     add = partial(add_option, parser.add_argument_group("run"))
     add("-o --out", out, "folder of checkpoints and log")
@@ -103,10 +96,7 @@ def common_parser(doc, *, out, lr, weight_decay, bs, schedule, boxes):
 
 
 def run_script(train, arguments):
-    """Return the exit status of train(arguments, Distributed); a bad input is one line on stderr and status 1.
-
-    Of several processes the first alone says more than that.
-    """
+    """Return the exit status of train(arguments, Distributed); a bad input is one line on stderr and status 1."""
     show_any_name()
     try:
         world = start(arguments)
@@ -148,10 +138,9 @@ def start(arguments):
 
 
 def read_data(arguments, world, network, labelled, mask_size=None):
-    """Find the cases of --data and --val; return the SliceDatasets of training and validation for `network`, a Sam.
+    """Return the SliceDatasets of training and validation for `network`, a Sam. ValueError where nothing is left.
 
-    All slices have labels if `labelled`, else those of validation with --decoder-weights, and without it has no objects.
-    Masks are as large as the input or `mask_size`. ValueError, one line, where nothing is left.
+    All slices have labels if `labelled`, else those of validation with --decoder-weights; without it has no objects.
     """
     size, is_efficientvit = arguments.size or network.image_size, network.name.startswith("medficientsam")
     if size != network.image_size and (not is_efficientvit or size % 32 or size < 64):
@@ -185,10 +174,7 @@ def read_data(arguments, world, network, labelled, mask_size=None):
 
 
 def outside_validation(cases, val_cases, arguments):
-    """Leave out of the cases of --data those of patients that --val holds, by their name or by a copy of a file.
-
-    A number alone names another patient in another folder: there copies alone tell.
-    """
+    """Leave out cases of patients that --val holds, by a copy of a file or by name, where that is not a mere number."""
     def patient(case):
         return patient_of(case.path, arguments.patient)
 
@@ -220,13 +206,10 @@ def single_batches(dataset, world, label, shared=True):
 
 
 def modality_means(dataset, scores, world):
-    """Average the scores {index: score} of all processes over the slices of a case, cases of a modality, modalities.
-
-    Returns {"dsc": mean, "dsc_CT": mean of CT, …}.
-    """
+    """Average all processes' {index: score} over slices of a case, cases, modalities: {"dsc": mean, "dsc_CT": …}."""
     scores = np.array([*world.sum({index: scores.get(index, 0.0) for index in range(len(dataset))}).values()])
     weights = balance_weights(dataset.cases, dataset.slices, power=0)
     modalities = np.array([dataset.cases[index].modality for index, _ in dataset.slices])
-    means = {f"dsc_{name}": float(np.average(scores, weights=weights * (modalities == name)))
+    means = {f"dsc_{name}": np.average(scores, weights=weights * (modalities == name)).item()
              for name in sorted(set(modalities))}
-    return {"dsc": float(weights @ scores)} | means
+    return {"dsc": (weights @ scores).item()} | means

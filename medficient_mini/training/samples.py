@@ -1,7 +1,6 @@
 """Training samples: read a slice, augment it, draw its objects, load samples in batches.
 
-Everything random about a sample follows from (seed, epoch, position in the epoch), so that a resumed run, more
-workers or more processes see the samples that an undisturbed single process would have seen.
+Everything random about a sample follows from (seed, epoch, position in the epoch), however a run is resumed or shared.
 """
 import os
 import signal
@@ -39,7 +38,7 @@ def embedding_path(folder, case, z, flip=(False, False)):
 
 
 def save_embedding(path, embedding):
-    """Write an embedding (256, 64, 64) as float16, 2 MB. ValueError, one line, on a full disk."""
+    """Write an embedding (256, 64, 64) as float16, 2 MB."""
     with writing(path) as temporary:
         np.save(temporary, embedding.half().numpy(force=True))
 
@@ -55,15 +54,11 @@ def load_embedding(path):
 
 @dataclass(eq=False)
 class SliceDataset(torch.utils.data.Dataset):
-    """Samples of both stages: the network's input, the objects in it, and for distillation the teacher's part.
+    """Samples of both stages, dicts of tensors: `image` (3, size, size) float32 in [0, 1] and what `objects` draw.
 
-    A sample is a dict of tensors: `image` (3, size, size) float32 in [0, 1]; with `objects` also what they draw
-    (boxes, masks, box_valid); with a `teacher_input` `teacher_image`, like image; with a folder of `embeddings`
-    `embedding` (256, 64, 64) float16 and `has_embedding` () bool.
-
-    A network is not equivariant and its padding stays right and below, so a flipped image needs an embedding of its
-    own, and a sample that is rotated or photometrically changed never has one. The data set takes what is on disk:
-    with the unflipped embedding alone (recommended) a flipped sample serves a mask loss only.
+    For distillation also `teacher_image`, or `embedding` (256, 64, 64) float16 and `has_embedding` () bool. A network
+    is not equivariant, so a flipped image needs an embedding of its own, and one that is rotated or photometrically
+    changed never has one; what has none serves a mask loss only.
     """
     cases: list                             # of npz.Header
     slices: list                            # of (index of the case, z)
@@ -104,7 +99,7 @@ class SliceDataset(torch.utils.data.Dataset):
                   and (rng.random() < self.in_use or not is_labelled))
         if in_use and mode == "full":                                          # boxes of a volume cannot be rotated
             mode = "flips"
-        limit = max(self.network_input[0], self.teacher_input[0] if self.teacher_input else 0)
+        limit = max(self.network_input[0], (self.teacher_input or [0])[0])
         moved, labels, flip = draw_augmented(image, labels, rng, mode, limit)
         sample = {"image": to_network(moved, *self.network_input)}
         if in_use:
@@ -125,9 +120,8 @@ class EpochSampler(torch.utils.data.Sampler):
     """Yield (epoch, position, index) for one epoch from wherever `set_position` put it.
 
     The indices are one endless stream of random permutations of range(n), cut into epochs of `samples_per_epoch`
-    (default n), so that short epochs together see every slice, or with weights (n,), of sum 1, drawn with replacement.
-    Process `rank` of `world` takes positions rank, rank + world, …: batches of b of all together are what one process
-    would put into a batch of b * world. A remainder of the epoch is left out, so that all get equally many.
+    (default n), or with weights (n,), of sum 1, drawn with replacement. Process `rank` of `world` takes positions rank,
+    rank + world, …, all equally many, so that batches of all together are what one process would put into one.
     """
 
     def __init__(self, n, seed, rank=0, world=1, weights=None, samples_per_epoch=None):
@@ -136,7 +130,7 @@ class EpochSampler(torch.utils.data.Sampler):
         self.set_position(0, 0)
 
     def set_position(self, epoch, position):
-        """Continue at `position` of `epoch`: the number of samples that all processes together have used of it."""
+        """Continue at `position` of `epoch`, counted over all processes."""
         self.epoch, self.position = epoch, position
 
     def __iter__(self):
@@ -153,14 +147,13 @@ class EpochSampler(torch.utils.data.Sampler):
 
 
 def make_loader(dataset, sampler, batch_size, workers=0, pin_memory=False):
-    """Return a DataLoader over the sampler's positions; with 0 `workers` this process reads the samples."""
+    """Return a DataLoader over the sampler's positions."""
     return torch.utils.data.DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, pin_memory=pin_memory,
                                        persistent_workers=workers > 0, worker_init_fn=_start_worker)
 
 
 def _start_worker(_):
     cv2.setNumThreads(0)
-    # Ctrl-C and `timeout` signal a whole process group. Only the trainer shall answer, since it needs its workers to
-    # the end of the step, so they form groups of their own and ignore Ctrl-C; torch itself sees to SIGTERM.
+    # Ctrl-C and `timeout` signal a whole process group, but the trainer needs its workers to the end of the step.
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,14 +1,13 @@
 """The loop that both training scripts share: updates, validation, log, checkpoints, resuming.
 
-`Trainer.update` is one step of training, from the forward pass to the optimiser. What is trained is the script's: a
-task, that is a small torch module with
+What is trained is the script's: a task, that is a small torch module with
 
     model, network     the module that learns, whose state dict the checkpoint holds, and its name in NETWORKS
     frozen             modules of the model that stay in evaluation mode
     weights            {term of the loss: its weight}
     count(batch)       {term: number of items of the batch over which the term is a mean}
-    loss(batch)        {term: that mean}, left out where there is no item; also the module's forward pass, since
-                       DistributedDataParallel collects the gradients of what goes through one
+    loss(batch)        {term: that mean}, left out where there is no item; also the forward pass, for
+                       DistributedDataParallel
     validation         its data set
     validate(model)    {score: number} for the model or a moving average of it
     criterion          name of the score that decides, and 1 if higher is better, else -1
@@ -36,17 +35,13 @@ from .cases import balance_weights
 from .optim import AdamW, learning_rate, moving_average
 from .samples import EpochSampler, make_loader, writing
 
-# All other options stay. With other --steps or --epochs the learning rate of a cosine jumps; --device and --amp round
-# differently; --val-limit makes scores before and after incomparable.
+# All other options stay.
 MAY_CHANGE_ON_RESUME = ("resume out minutes steps epochs workers threads save_minutes log_steps device amp cache "
                         "cache_mb val_limit strict").split()
 
 
 class Trainer:
-    """One run: `task` (see above) learns from the samples of `dataset`, a SliceDataset.
-
-    ValueError for a batch larger than an epoch, a warm-up as long as the run, with --resume another run's checkpoint.
-    """
+    """One run: `task` (see above) learns from a SliceDataset. ValueError for options or a checkpoint that do not fit."""
 
     def __init__(self, arguments, world, task, dataset):
         self.arguments, self.world, self.task, count = arguments, world, task, len(dataset)
@@ -66,9 +61,8 @@ class Trainer:
         # Not every parameter has a gradient each time: a prompt encoder without points, a batch without masks.
         self.loss = DistributedDataParallel(task, find_unused_parameters=True) if world.size > 1 else task
         matrices = {"params": [p for p in task.model.parameters() if p.ndim > 1]}
-        others = {"params": [p for p in task.model.parameters() if p.ndim < 2]}
-        if arguments.decay_matrices_only:
-            others["weight_decay"] = 0.0
+        others = {"params": [p for p in task.model.parameters() if p.ndim < 2],
+                  "weight_decay": 0.0 if arguments.decay_matrices_only else arguments.weight_decay}
         self.optimizer = AdamW([matrices, others], weight_decay=arguments.weight_decay)
         self.ema = moving_average(task.model, arguments.ema) if arguments.ema else None
         self.result = self.ema.module if self.ema else task.model              # what is validated and written
@@ -124,8 +118,7 @@ class Trainer:
             values = self.update(group)
             seconds = time.monotonic() - began
             samples = min(self.batch, self.epoch_samples - state.position)
-            values |= {"samples_per_second": samples / seconds, "waiting": waited / seconds}
-            for name, value in values.items():
+            for name, value in {**values, "samples_per_second": samples / seconds, "waiting": waited / seconds}.items():
                 state.updates.setdefault(name, []).append(value)
             state.step += 1
             state.position += samples
@@ -148,14 +141,12 @@ class Trainer:
         values = dict.fromkeys(task.weights, 0.0)
         self.optimizer.zero_grad()
         for batch, count in zip(group, counts):
-            loss = 0.0
             with world.autocast():
                 means = self.loss(batch)
-            for term, mean in means.items():
-                share = mean * (count[term] / max(totals[term], 1.0))
-                values[term] += share.item()
-                loss = loss + task.weights[term] * share
+            shares = {term: mean * (count[term] / max(totals[term], 1.0)) for term, mean in means.items()}
+            loss = sum(task.weights[term] * share for term, share in shares.items())
             (loss * world.size).backward()                                     # processes' gradients are averaged
+            values |= {term: values[term] + share.item() for term, share in shares.items()}
         norm = clip_grad_norm_(task.model.parameters(), self.arguments.clip).item()
         values = world.sum(values)
         loss = sum(task.weights[term] * value for term, value in values.items())
@@ -245,7 +236,7 @@ class Trainer:
 
 
 def read_last(folder):
-    """Read last.pt of a run's folder. ValueError, one line, for a file that --resume cannot use."""
+    """Read last.pt of a run's folder. ValueError for a file that --resume cannot use."""
     path = Path(folder, "last.pt")
     saved = read_torch(path)
     if not isinstance(saved, dict) or not {"run", "optimizer", "raw"} <= set(saved):

@@ -1,7 +1,6 @@
 """Slices of compressed volumes without decompressing the volume each time.
 
-A volume's arrays are unpacked once to .npy files and read through memory maps from then on: a slice costs a fraction
-of a millisecond, worker processes share the pages, and a restarted run finds the files again.
+A volume's arrays are unpacked once to .npy files and read through memory maps, which worker processes share.
 """
 import json
 import sys
@@ -16,10 +15,7 @@ from ..inference.npz import read_case
 
 
 def file_key(path):
-    """Return the name for data derived from an NPZ file: checksums and sizes of images and labels (30 µs).
-
-    A copy or a renamed file has the same name, a changed one another.
-    """
+    """Name data derived from an NPZ file by checksums and sizes of images and labels: a copy has the same name."""
     with zipfile.ZipFile(path) as archive:
         members = [member for member in archive.infolist() if member.filename in ("imgs.npy", "gts.npy")]
     return "-".join(f"{member.CRC:08x}{member.compress_size:x}" for member in members)
@@ -28,9 +24,8 @@ def file_key(path):
 class SliceCache:
     """Images and labels of training cases by case (an npz.Header) and z, volumes through their unpacked copies.
 
-    `folder` holds about `max_mb` MiB of them at most. Once that or the disk is full, the other volumes are read from
-    their NPZ files, as 2D images always are. Several processes may share the folder. Every method raises ValueError
-    with one line if the NPZ file cannot be read.
+    `folder` holds about `max_mb` MiB at most; further volumes are read from their NPZ files, as 2D images always are.
+    Several processes may share it. ValueError, one line, for an NPZ file that cannot be read.
     """
 
     def __init__(self, folder, max_mb):
