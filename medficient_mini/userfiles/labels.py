@@ -13,11 +13,10 @@ MOST_VALUES = 32                     # more grey values or colours are no labels
 
 
 def load_label_picture(path) -> tuple[np.ndarray, list[str]]:
-    """Read a mask picture as uint16 labels (H, W), 0 the background, and say how they were changed: turned, or cut.
+    """Read a mask picture as uint16 labels (H, W), 0 the background, and say whether it was turned.
 
-    Of a palette PNG the indices are the labels, of others the grey values or colours (see `labels_of`). Where all that
-    is visible has one colour, its opacity is the mask; else what is less than half as opaque as the most opaque pixel
-    is background. ValueError if the file is damaged or its values cannot be labels, OSError if it cannot be read.
+    Of a palette PNG the indices are the labels, of others the grey values or colours (see `labels_of`). ValueError if
+    the file is damaged, a JPEG or transparent, or its values cannot be labels, OSError if it cannot be read.
     """
     path = Path(path)
     name, data = path.name, path.read_bytes()
@@ -26,31 +25,21 @@ def load_label_picture(path) -> tuple[np.ndarray, list[str]]:
         labels = pixels[..., 0] // (255 // (2 ** data[24] - 1))       # few bits are spread to 0–255
     else:
         pixels, remarks = decode(data, name)
-        whole = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)     # as it lies in the file
-        bmp = data.startswith(b"BM") and data[28] == 32
-        if tiff_fields(data).get(SAMPLES) == 2 or bmp and whole.shape[2] == 3:         # OpenCV drops these
-            raise ValueError(f"{name}: gts: expected transparency in a PNG, found it in a grey TIFF or a BMP")
-        if whole.shape[2:] == (4,):
-            if remarks:
-                raise ValueError(f"{name}: gts: expected an opaque mask or no EXIF orientation, found transparency")
-            opacity = whole[..., 3:]
-            colours = pixels[opacity[..., 0] > 0]
-            if opacity.min() < opacity.max() and (colours == colours[0]).all():
-                pixels = opacity
-            else:
-                pixels = pixels * (opacity >= opacity.max() / 2)
-        labels, cut = labels_of(pixels, data, name)
-        remarks += cut
+        if data.startswith(JPEG):
+            raise ValueError(f"{name}: gts: expected a mask as PNG, TIFF or BMP, found a JPEG, which changes labels")
+        whole = np.atleast_3d(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED))
+        dropped = tiff_fields(data).get(SAMPLES) == 2 or data.startswith(b"BM") and data[28] == 32     # by OpenCV
+        if np.ptp(whole[..., 3:]) if whole.shape[2] == 4 else dropped:
+            raise ValueError(f"{name}: gts: expected an opaque mask, found transparency")
+        labels = labels_of(pixels, data, name)
     return labels.astype(np.uint16), [f"{name}: gts: {remark}" for remark in remarks]
 
 
-def labels_of(pixels: np.ndarray, data: bytes, name: str) -> tuple[np.ndarray, list[str]]:
+def labels_of(pixels: np.ndarray, data: bytes, name: str) -> np.ndarray:
     """Turn the pixels of a mask (H, W, 1 or 3) into labels (H, W).
 
     Grey values stay as they are where they are few, small or without a gap; few colours but black are numbered in
-    order of (R, G, B). White on black with soft edges is cut at half of white: black and white are the two fullest
-    quarters of the histogram, and no value between fills 3 x 3 pixels. A JPEG can be nothing else: it changes values.
-    ValueError for many other values, a JPEG of them, and colours of a palette whose indices are not read.
+    order of (R, G, B). ValueError for many other values, soft edges, and a palette whose indices are not read.
     """
     white = 255 if pixels.dtype == np.uint8 else 65535
     pixels = whole_numbers(pixels, name)
@@ -61,25 +50,16 @@ def labels_of(pixels: np.ndarray, data: bytes, name: str) -> tuple[np.ndarray, l
         raise ValueError(f"{name}: gts: expected labels with a palette as PNG, found another format")
     numbers = brightest if grey else pixels.astype(np.int64) @ (1 << 32, 1 << 16, 1)
     found = np.unique(numbers)
-    jpeg = data.startswith(JPEG)
-    few = len(found) <= MOST_VALUES and not jpeg
-    quarters = np.bincount(brightest.ravel() // (white // 4 + 1), minlength=4)
-    soft = grey and min(quarters[0], quarters[3]) > max(quarters[1], quarters[2])
-    if soft:
-        # JPEG spoils white areas a little, too.
-        edges = (numbers > white // 4) & (numbers < found[-1] - 16 * jpeg)
-        square = np.ones((3, 3), np.uint8)
-        soft = not (edges & (cv2.erode(numbers, square) == cv2.dilate(numbers, square))).any()
-    numbered = len(found) - 1 == found[-1] < white                           # 0 … N without a gap
-    plain = few and not (soft and found[-1] == white and edges.any()) or numbered or found[-1] <= white // 16
-    if grey and (plain and not jpeg or np.isin(found, (0, white)).all()):
-        return numbers, []
-    if soft:
-        return numbers > white // 2, [f"a black and white mask with soft edges, cut at {white // 2 + 1}"]
-    if few:
-        return np.searchsorted(found, numbers) + (found[0] != 0), []
-    raise ValueError(f"{name}: gts: expected labels or black and white, found {len(found)} grey values or colours "
-                     f"(save over {MOST_VALUES} labels with a palette or 16 bits, none as JPEG)")
+    if grey and (len(found) - 1 == found[-1] < white or found[-1] <= white // 16):
+        return numbers
+    # Edges are soft where black turns to white, and no value between fills 3 x 3 pixels.
+    between, square = (brightest > 0) & (brightest < white), np.ones((3, 3), np.uint8)
+    flat = cv2.erode(brightest, square) == cv2.dilate(brightest, square)
+    soft = grey and found[-1] == white and between.any() and not (between & flat).any()
+    if soft or len(found) > MOST_VALUES:
+        raise ValueError(f"{name}: gts: expected labels or black and white, found {len(found)} grey values or colours, "
+                         f"as of soft edges or a photograph (save over {MOST_VALUES} labels with a palette or 16 bits)")
+    return numbers if grey else np.searchsorted(found, numbers) + (found[0] != 0)
 
 
 def whole_numbers(array: np.ndarray, name: str) -> np.ndarray:

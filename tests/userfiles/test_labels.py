@@ -64,32 +64,16 @@ def test_grey_and_coloured_labels(tmp_path):
         load_label_picture(write(tmp_path / "photo.png", RGB))
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
 @pytest.mark.parametrize("colour", [0, 255])
-def test_a_mask_in_the_transparency_is_found(tmp_path, suffix, colour):         # fault 25
+def test_a_mask_in_the_transparency_is_refused(tmp_path, name, colour):         # fault 25
     pixels = np.full((20, 30, 4), colour, np.uint8)
-    pixels[..., 3] = (LABELS == 1) * 255
-    labels, _ = load_label_picture(write(tmp_path / f"a.{suffix}", pixels))
-    assert ((labels > 0) == (LABELS == 1)).all()
-
-
-def test_what_is_not_visible_is_background(tmp_path):                           # fault 25
-    pixels = np.full((20, 30, 4), 255, np.uint8)
-    pixels[LABELS == 1, :3] = 200, 0, 0
-    pixels[LABELS == 2, :3] = 0, 200, 0
-    pixels[..., 3] = np.isin(LABELS, [1, 2]) * 255                              # white where nothing is seen
-    labels, _ = load_label_picture(write(tmp_path / "a.png", pixels))
-    assert (labels == np.array([0, 2, 1, 0])[LABELS]).all()
-    with pytest.raises(ValueError, match="b.png: gts: expected an opaque mask or no EXIF orientation"):
-        load_label_picture(write_with_exif(tmp_path / "b.png", pixels, 6))
-
-
-@pytest.mark.parametrize("colour", [0, 255])
-def test_levels_of_opacity_are_labels(tmp_path, colour):                        # fault 25
-    pixels = np.full((20, 30, 4), colour, np.uint8)
-    for opacity in (LABELS, LABELS * 50):
+    for opacity in ((LABELS == 1) * 255, LABELS):
         pixels[..., 3] = opacity
-        assert (load_label_picture(write(tmp_path / "a.png", pixels))[0] == opacity).all()
+        with pytest.raises(ValueError, match=f"^{name}: gts: expected an opaque mask, found transparency$"):
+            load_label_picture(write(tmp_path / name, pixels))
+    pixels[..., 3], pixels[..., :3] = 255, LABELS[..., None]
+    assert (load_label_picture(write(tmp_path / name, pixels))[0] == LABELS).all()
 
 
 @pytest.mark.parametrize("name", ["a.tif", "a.bmp"])
@@ -98,7 +82,7 @@ def test_transparency_that_cannot_be_read_is_refused(tmp_path, name):           
     white = np.full_like(LABELS, 255)
     channels = [white] * (1 if name == "a.tif" else 3) + [LABELS * 85]
     pil.merge("LA" if name == "a.tif" else "RGBA", [pil.fromarray(channel) for channel in channels]).save(tmp_path / name)
-    with pytest.raises(ValueError, match=f"^{name}: gts: expected transparency in a PNG[^\n]*$"):
+    with pytest.raises(ValueError, match=f"^{name}: gts: expected an opaque mask, found transparency$"):
         load_label_picture(tmp_path / name)
 
 
@@ -112,37 +96,18 @@ def test_masks_cut_short_are_one_line(tmp_path, name):                          
             load_label_picture(path)
 
 
-def test_soft_edges_are_cut(tmp_path):
-    soft = cv2.GaussianBlur(DISC, (0, 0), 1)
-    for name in ("soft.png", "soft.jpg"):
-        labels, warning = load_label_picture(write(tmp_path / name, soft))
-        assert set(np.unique(labels)) == {0, 1} and abs(int(labels.sum()) - (DISC > 0).sum()) < 60
-        assert "cut at 128" in warning[0]
-
-
-def test_antialiased_lines_are_one_object(tmp_path):                            # fault 26
+@pytest.mark.parametrize("channels", [[1], [1, 1, 1], [1, 0, 0]], ids=str)
+def test_soft_edges_are_refused(tmp_path, channels):                            # fault 26
     lines = np.zeros((200, 200), np.uint8)
     for k in range(4):
         cv2.line(lines, (5, 20 + k * 30), (190, 33 + k * 37), 255, 1, cv2.LINE_AA)
-    assert len(np.unique(lines)) > 50
-    for name, pixels in (("a.png", lines), ("a.tif", lines.astype(np.uint16) * 257)):
-        labels, warning = load_label_picture(write(tmp_path / name, pixels))
-        assert (labels == (lines > 127)).all() and "cut at" in warning[0]
-    labels, warning = load_label_picture(write(tmp_path / "b.png", np.dstack([lines, lines * 0, lines])))
-    assert (labels == (lines > 127)).all() and "cut at" in warning[0]
-    with pytest.raises(ValueError, match="c.png: gts: expected labels or black and white"):
-        load_label_picture(write(tmp_path / "c.png", np.dstack([lines, lines * 0, lines // 2])))
-
-
-@pytest.mark.parametrize("channels", [[1], [1, 1, 1], [1, 0, 0]], ids=str)
-def test_few_values_of_soft_edges_are_cut_too(tmp_path, channels):              # fault 26
     disc = cv2.circle(np.zeros((40, 40), np.uint8), (20, 20), 6, 255, -1, cv2.LINE_AA)
     twice = cv2.resize((LABELS > 0).astype(np.uint8) * 255, None, fx=2, fy=2, interpolation=cv2.INTER_LINEAR)
     half = cv2.resize(DISC, (50, 50), interpolation=cv2.INTER_AREA)
-    for grey in (disc, twice, half):
+    for grey in (lines, disc, twice, half):
         pixels = (grey[..., None] * np.array(channels, np.uint8)).squeeze()
-        labels, warning = load_label_picture(write(tmp_path / "a.png", pixels))
-        assert 2 < len(np.unique(grey)) <= 32 and (labels == (grey > 127)).all() and "cut at 128" in warning[0]
+        with pytest.raises(ValueError, match="^a.png: gts: expected labels or black and white[^\n]*soft edges[^\n]*$"):
+            load_label_picture(write(tmp_path / "a.png", pixels))
 
 
 @pytest.mark.parametrize("values", [(0, 85, 170, 255), (0, 128, 255), (0, 1, 2, 255), (0, 200, 255)], ids=str)
@@ -154,25 +119,13 @@ def test_solid_greys_stay_labels(tmp_path, values):                             
     assert (labels == grey).all() and warning == []
 
 
-@pytest.mark.parametrize("white", [255, 240])
-@pytest.mark.parametrize("quality", [50, 95])
-def test_a_jpeg_is_black_and_white_or_refused(tmp_path, white, quality):        # fault 26
-    def jpeg(grey):
-        assert cv2.imwrite(str(tmp_path / "a.jpg"), grey, [cv2.IMWRITE_JPEG_QUALITY, quality])
-        return tmp_path / "a.jpg"
-
-    disc = (DISC > 0).astype(np.uint8)
-    labels, warning = load_label_picture(jpeg(disc * white))
-    assert (labels != disc).mean() < 0.01 and "cut at 128" in warning[0]
-    assert not load_label_picture(jpeg(disc * 0))[0].any()
-    disc[:40] *= 2
-    for grey in (disc, disc * 10, np.array([0, white, 100], np.uint8)[disc]):
-        with pytest.raises(ValueError, match="^a.jpg: gts: expected labels or black and white[^\n]*none as JPEG.$"):
-            load_label_picture(jpeg(grey))
+def test_a_jpeg_is_refused(tmp_path):                                           # fault 26
+    with pytest.raises(ValueError, match="^a.jpg: gts: expected a mask as PNG, TIFF or BMP, found a JPEG[^\n]*$"):
+        load_label_picture(write(tmp_path / "a.jpg", DISC))
 
 
 def test_pictures_that_are_no_masks_are_refused(tmp_path):                      # fault 26
-    for name, pixels in (("noise.png", RGB[..., 0]), ("labels.jpg", LABELS * 85), ("dark.png", DISC // 2)):
+    for name, pixels in (("noise.png", RGB[..., 0]), ("dark.png", DISC // 2)):
         if name == "dark.png":
             pixels = cv2.GaussianBlur(pixels, (0, 0), 1)
         with pytest.raises(ValueError, match=f"^{name}: gts: expected labels or black and white[^\n]*$"):
