@@ -49,10 +49,7 @@ def parse_arguments(argv=None):
 
 
 def pair_files(images: Path, masks: Path) -> tuple[dict[Path, list[Path]], list[Path]]:
-    """Find the masks that bear each image's name, one where all is well; and the masks of a folder without an image.
-
-    ValueError if a folder has no files.
-    """
+    """Find the masks that bear each image's name, one where all is well; and the masks of a folder without an image."""
     image_files, mask_files = list_images(images), list_images(masks)
     if [images, masks] == image_files + mask_files:
         return {images: mask_files}, []
@@ -85,10 +82,9 @@ def name_below(root: Path, path: Path) -> str:
 def number_objects(labels: np.ndarray, instances: bool, min_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Number the objects of a label picture or volume, integers (H, W) or (D, H, W), and put a box round each.
 
-    With `instances`, parts that touch in no direction, diagonals included, are objects of their own. Those of fewer
-    than `min_size` pixels are dropped. Returned are gts, 1…N in order of label, of the same shape, uint8 or above 255
-    objects uint16, and boxes, int64 (N, 4) x0 y0 x1 y1 or (N, 6) x0 y0 z0 x1 y1 z1, tight and inclusive.
-    OverflowError for more than 65535 objects.
+    With `instances`, parts that do not touch, diagonals included, are objects; those below `min_size` pixels are
+    dropped. Returned are gts, 1…N of the same shape, uint8 or uint16, and tight inclusive boxes, int64 (N, 4) or
+    (N, 6) x0 y0 z0 x1 y1 z1. OverflowError for more than 65535 objects.
     """
     from scipy.ndimage import find_objects, label
     objects, count = np.zeros(labels.shape, np.int32), 0
@@ -110,10 +106,7 @@ def number_objects(labels: np.ndarray, instances: bool, min_size: int) -> tuple[
 
 
 def convert_pair(image: Path, mask: Path, target: Path, arguments) -> tuple[int, list[str]]:
-    """Write an image and its mask as `target`, unless the mask is empty; return the number of objects, and remarks.
-
-    ValueError if a file cannot be read, or the two do not fit together.
-    """
+    """Write an image and its mask as `target`, unless the mask is empty; return the number of objects, and remarks."""
     lines, spacing = [], {}
     if is_picture(image):
         imgs, text = load_picture(image, arguments.window)
@@ -143,19 +136,15 @@ def convert_pair(image: Path, mask: Path, target: Path, arguments) -> tuple[int,
 
 
 def convert(arguments) -> int:
-    """Convert every pair, with one line on stderr for each that is left out; return how many failed.
-
-    ValueError if an option is wrong, or there are no files.
-    """
+    """Convert every pair; return how many failed, each with its line. ValueError if an option is wrong."""
     arguments.window = parse_window(arguments.window)
     if not re.fullmatch(r"[A-Za-z0-9-]+", arguments.modality):
         raise ValueError(f"--modality: expected letters and digits, for file names, found {arguments.modality}")
     if arguments.margin < 0:
         raise ValueError(f"--margin: expected 0 or more, found {arguments.margin}")
     pairs, lonely = pair_files(arguments.images, arguments.masks)
-    if lonely:
-        names = ", ".join(path.name for path in lonely[:5]) + ", …" * (len(lonely) > 5)
-        print(f"{names}: expected an image of the same name, found none for {len(lonely)} masks", file=sys.stderr)
+    for mask in lonely:
+        print(f"{mask.name}: gts: expected an image of the same name, found none", file=sys.stderr)
     arguments.output.mkdir(parents=True, exist_ok=True)                       # a file of that name costs one line
     targets, objects = set(), []
     bar = ProgressBar(pairs.items(), len(pairs), "converting")

@@ -52,8 +52,8 @@ def labels_of(pixels: np.ndarray, data: bytes, name: str) -> np.ndarray:
     found = np.unique(numbers)
     if grey and (len(found) - 1 == found[-1] < white or found[-1] <= white // 16):
         return numbers
-    # Edges are soft where black turns to white, and no value between fills 3 x 3 pixels.
-    between, square = (brightest > 0) & (brightest < white), np.ones((3, 3), np.uint8)
+    # Edges are soft where no value between black and white fills 3 x 3 pixels; small ones are classes beside "ignore".
+    between, square = (brightest > white // 4) & (brightest < white), np.ones((3, 3), np.uint8)
     flat = cv2.erode(brightest, square) == cv2.dilate(brightest, square)
     soft = grey and found[-1] == white and between.any() and not (between & flat).any()
     if soft or len(found) > MOST_VALUES:

@@ -1,9 +1,7 @@
 """Draw boxes with the mouse and see the masks at once: the window behind `infer.py --pick`.
 
-A press, a drag and a release make a box; its mask follows in the time of one decode, as the embedding of the image, or
-of each slice of a volume that is drawn on, is computed once. In a volume a box spans the slices between its first and
-last one (keys f and l); the slice it was drawn on counts as the object's largest. What was drawn is segmented like any
-other case when it is saved.
+Each slice is embedded once, so that a mask follows its box in the time of one decode. In a volume a box spans the
+slices from its first to its last one (keys f and l). When saved, it is segmented like any other case.
 """
 import subprocess
 import sys
@@ -39,11 +37,7 @@ class Drawn:
 
 
 class Picker:
-    """The state behind the window: `mouse` and `key` change it, `render` shows it. It never touches the screen.
-
-    objects: what was drawn. changed: whether the window shows an older state. done: None while it goes on, then "save"
-    or "quit".
-    """
+    """The state behind the window, which never touches the screen; `done` is None, then "save" or "quit"."""
 
     def __init__(self, model, case: Case, overlap: str):
         self.model, self.case, self.overlap = model, case, overlap
@@ -132,10 +126,7 @@ def require_display() -> None:
 
 
 def pick(model, case: Case, overlap: str) -> bool:
-    """Show a case and let the user draw boxes, which go into it. Call `require_display` first.
-
-    Returns whether they are to be segmented: False where the user quit.
-    """
+    """Let the user draw boxes into a case (after `require_display`); return False where the user quit."""
     picker, window = Picker(model, case, overlap), f"{case.name} - medficient_mini"
     picker.embedding(picker.z)                                   # encoded before the first box, not after it
     cv2.namedWindow(window, cv2.WINDOW_AUTOSIZE | cv2.WINDOW_GUI_NORMAL)

@@ -55,10 +55,7 @@ def parse_window(words: list[str] | None) -> tuple[float, float] | None:
 
 
 def intensity_range(sample: np.ndarray, window: tuple[float, float] | None) -> tuple[float, float, str]:
-    """Return which numbers become 0 and 255, and words that say where they come from.
-
-    They are the window's ends, without it 0 and 255 of uint8, else percentiles.
-    """
+    """Return which numbers become 0 and 255: the window's ends, 0 and 255 of uint8, else percentiles; and say so."""
     if window is not None:
         level, width = window
         return level - width / 2, level + width / 2, f"window level {level:g} width {width:g}"
@@ -89,8 +86,8 @@ def to_uint8(array: np.ndarray, low: float, high: float) -> np.ndarray:
 def load_picture(path, window: tuple[float, float] | None = None) -> tuple[np.ndarray, str]:
     """Read a PNG, JPEG, TIFF or BMP file as uint8 (H, W, 3) RGB, and say how its intensities were mapped.
 
-    It is turned as its EXIF orientation says, and the words say so; transparency is dropped. `window` is (level, width)
-    as in `intensity_range`. ValueError if the file is damaged or no single picture, OSError if it cannot be read.
+    It is turned as its EXIF orientation says; transparency is dropped. `window` is (level, width). ValueError if the
+    file is damaged or no single picture, OSError if it cannot be read.
     """
     path = Path(path)
     pixels, remarks = decode(path.read_bytes(), path.name)
@@ -103,8 +100,7 @@ def load_picture(path, window: tuple[float, float] | None = None) -> tuple[np.nd
 def decode(data: bytes, name: str) -> tuple[np.ndarray, list[str]]:
     """Decode a picture file's bytes to grey (H, W, 1) or RGB (H, W, 3) in the file's own type, upright, opaque.
 
-    The list is [TURNED] where the pixels lie otherwise in the file. ValueError if the data are damaged, not a picture,
-    or more than one.
+    The list is [TURNED] where they lie otherwise in the file. ValueError if they are damaged or not one picture.
     """
     if data[:4] in (b"II+\0", b"MM\0+"):
         raise ValueError(f"{name}: file: expected a classic TIFF, found a BigTIFF, whose fields are not read")
@@ -124,10 +120,7 @@ def decode(data: bytes, name: str) -> tuple[np.ndarray, list[str]]:
 
 
 def pages_of(data: bytes, flags: int = 0) -> tuple[tuple[np.ndarray, ...], bytes]:
-    """Decode a file's pages, none if it is damaged; give them, and what was written on standard error meanwhile.
-
-    The JPEG library says nowhere else that it had to guess pixels.
-    """
+    """Decode a file's pages, none if damaged; give also what was written on stderr: the JPEG library's only sign."""
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)        # our one line instead of its several
     pages, flags = (), flags | cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH
     with hushed() as written, suppress(cv2.error):
@@ -182,11 +175,7 @@ def tiff_fields(data: bytes) -> dict[int, int]:
 
 
 def save_label_picture(path, segs: np.ndarray) -> None:
-    """Write integer labels (H, W) as a PNG, whole or absent.
-
-    Up to 255 labels become indices of a palette: programs read the labels, viewers show them in the colours of
-    `show.draw.overlay`. More become 16-bit grey values.
-    """
+    """Write integer labels (H, W) as a PNG: up to 255 by a palette in the overlay's colours, more in 16 bits."""
     count = int(segs.max()) + 1
     png = cv2.imencode(".png", segs.astype(np.uint8 if count <= 256 else np.uint16))[1].tobytes()
     if count <= 256:

@@ -49,10 +49,9 @@ def add_reading_options(parser) -> None:
 
 
 def check_prompts(arguments) -> None:
-    """Refuse options that contradict each other, and turn the words of --window into level and width.
+    """Refuse options that contradict each other (ValueError), turn --window into level and width, and add `own_files`.
 
-    The attribute `own_files` is added: whether pictures and volumes are meant, not NPZ cases. ValueError, one line that
-    starts with the option.
+    That says whether pictures and volumes are meant, not NPZ cases.
     """
     boxes, points = arguments.box, arguments.point + arguments.background
     lengths = [len(box) for box in boxes if len(box) not in (4, 6)]
@@ -73,11 +72,10 @@ def check_prompts(arguments) -> None:
 
 
 def read_boxes(path: Path) -> dict[str, list[list[float]]]:
-    """Read a CSV file with lines `file, x0, y0, x1, y1` or `file, i0, j0, k0, i1, j1, k1` as boxes by file name.
+    """Read a CSV file with lines `file, x0, y0, x1, y1` or `file, i0, j0, k0, i1, j1, k1` as boxes by file name (NFC).
 
     The first line may be a heading, any word and then one of HEADINGS; under `x y w h` the last two are counts of
-    pixels. File names are given in one Unicode form (NFC), as macOS writes another than most. ValueError for a line
-    that is neither, by its number, or no line at all, OSError if the file cannot be read.
+    pixels. ValueError for a line that is neither, or no line at all, OSError if the file cannot be read.
     """
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     delimiter = ";" if lines and ";" in lines[0] else ","
@@ -104,11 +102,10 @@ def read_boxes(path: Path) -> dict[str, list[list[float]]]:
 
 
 def list_user_files(arguments) -> tuple[dict[Path, list[list[float]]], list[str]]:
-    """Find the pictures and volumes of --input, sorted, each with its boxes: those that --boxes has for it, else --box.
+    """Find the files of --input with their boxes, from --boxes or --box; and a line for each name that no file bears.
 
     In the CSV file a name is a path below the input folder; a bare name that is no such path means the files of that
-    name in subfolders. Returned is also a line for each name that no file bears. ValueError where there is no picture
-    or volume, or the CSV file names none of them.
+    name in subfolders. ValueError where there is no picture or volume, or the CSV file names none of them.
     """
     source = arguments.input.absolute()                                        # "." has no name
     files = list_images(source)
@@ -131,11 +128,7 @@ def list_user_files(arguments) -> tuple[dict[Path, list[list[float]]], list[str]
 
 
 def read_user_case(path: Path, boxes: list[list[float]], arguments) -> Case:
-    """Read a picture or volume and check its prompts as a challenge case's are checked.
-
-    In the Case, boxes lie on the slices as they will be shown; without any prompt there are none (`--pick` draws
-    them). ValueError of one line, "<field>: expected …".
-    """
+    """Read a picture or volume, and check its prompts; boxes become those of the slices. ValueError of one line."""
     case = Case(path.name, modality_of(path))
     points = arguments.point + arguments.background
     if is_picture(path):

@@ -52,11 +52,7 @@ def mask_file(name, arguments) -> Path:
 
 
 def what_changed(origin: str, result: Path, mask: Path | None = None) -> str:
-    """Compare what would make a result now, as `made_with` says it, with what made it, the field of that name.
-
-    `mask` is the file that belongs to the result of a user's own file. Returned is "new" where there is no result,
-    else what differs, in words: none where nothing does.
-    """
+    """Say what differs between what would make a result now (`made_with`) and what made it: "" where nothing does."""
     if not result.exists():
         return "new"
     if mask and not mask.exists():
@@ -70,16 +66,11 @@ def what_changed(origin: str, result: Path, mask: Path | None = None) -> str:
 
 
 def show(case: Case, labels: np.ndarray, arguments) -> None:
-    """Write the picture of a case: masks, boxes and points, green on the object, red beside it.
-
-    That of an NPZ case is wanted only with --overlay; that of a user's own file lies beside its masks without it.
-    """
+    """Write the picture of a case, masks, boxes and points: of an NPZ case only with --overlay."""
     if not (arguments.own_files or arguments.overlay):
         return
-    if case.is_3d:
-        picture = contact_sheet(case.volume, labels, case.boxes)
-    else:
-        picture = overlay(case.image, labels, case.boxes)
+    draw = contact_sheet if case.is_3d else overlay
+    picture = draw(case.volume if case.is_3d else case.image, labels, case.boxes)
     if case.points is not None:
         scale = picture.shape[0] / case.shape[0]
         for point, label in zip(case.points, case.point_labels):
@@ -92,11 +83,9 @@ def show(case: Case, labels: np.ndarray, arguments) -> None:
 def write(case: Case, found: Composition, arguments, origin: str, seconds: float):
     """Write the masks of a case, its picture and its row of efficiency.csv.
 
-    Of a user's own file the labels become STEM_mask.png, or a volume on the file's own grid, and STEM.npz holds its
-    `boxes`, `points`, `intensity` and `spacing` as they lie on the slices beside `segs`. With --separate, where objects
-    overlap, the NPZ also holds each object's own mask: `masks` bool (N, H, W) of an image, `bits` of a volume (see
-    `Composition`). The NPZ comes after the mask file, and what is mere decoration behind it: where both are, the case
-    is finished. Returned is a line for each object that was lost, and one for picture and row each, if not written.
+    STEM.npz holds `segs`; of a user's own file also FIELDS, after STEM_mask: where both are, the case is finished. With
+    --separate, where objects overlap, it also holds `masks` bool (N, H, W) of an image, `bits` of a volume (see
+    `Composition`). Returned is a line for each lost object, and one for picture and row each, if not written.
     """
     fields, lost, faults = {"made_with": origin}, lost_objects(found), []
     if arguments.own_files:

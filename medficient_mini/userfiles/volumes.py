@@ -178,9 +178,7 @@ def _open_dicom(path: Path, series: int | None):
         affine[:3, 2] = (places[-1] - places[0]) / (count - 1)
         off = np.linalg.norm(places - np.linspace(places[0], places[-1], count), axis=1)
         if off.max() >= np.linalg.norm(affine[:3, 2]) / 4:
-            gaps = np.linalg.norm(np.diff(places, axis=0), axis=1)
-            found = f"{gaps.min():.4g} to {gaps.max():.4g} mm"
-            raise FieldError(f"series: expected slices at even distances, found {found}")
+            raise FieldError(f"series: expected slices at even distances, found one {off.max():.4g} mm off its place")
     voxels = np.concatenate([SimpleITK.GetArrayFromImage(reader.Execute()) for reader, _ in slices])
     if len(voxels) != count:
         raise FieldError(f"imgs: expected one slice in each file, found {len(voxels)} in {count}")
@@ -189,10 +187,7 @@ def _open_dicom(path: Path, series: int | None):
 
 
 def _open(path: Path, series: int | None = None):
-    """Open a volume: its numbers (I, J, K), of NIfTI not yet in memory, its affine, its header and a remark.
-
-    ValueError if it is damaged, no volume, a series, complex or coloured, or its affine is no voxel grid.
-    """
+    """Open a volume: its numbers (I, J, K), of NIfTI not yet in memory, its affine, its header and a remark."""
     header, remark = None, ""
     try:
         with hushed():
@@ -225,9 +220,8 @@ def load_volume(path, axis: str = "axial", window: tuple[float, float] | None = 
                 series: int | None = None) -> tuple[np.ndarray, Grid, str]:
     """Read a volume as uint8 slices (D, H, W), with their Grid and words that say how intensities were mapped.
 
-    `path` is a .nii, .nii.gz, .nrrd, .mha or .mhd file, a folder of DICOM files or one of them; `axis`, a key of AXES,
-    the direction of the slices; `window` (level, width) as in `pictures.intensity_range`; `series` which of a DICOM
-    folder's, counted from 1. ValueError if the file is absent or damaged or holds no volume, or a series has gaps.
+    `path` is a file or a folder of DICOM files, `axis` a key of AXES, `window` (level, width), `series` which of a
+    DICOM folder's, from 1. ValueError if the file is absent or damaged or holds no volume, or a series has gaps.
     """
     voxels, affine, header, remark = _open(Path(path), series)
     grid = grid_of(voxels.shape, affine, axis, header)
@@ -255,8 +249,7 @@ def load_labels(path, grid: Grid) -> np.ndarray:
 def save_labels(path, segs: np.ndarray, grid: Grid) -> None:
     """Write labels (D, H, W), uint8 or uint16, on a file's own grid, as NIfTI, NRRD or MetaImage.
 
-    Nothing else of the file's header is kept, where a patient's name may stand, but how NIfTI stores the grid.
-    NRRD names and colours the labels as 3D Slicer reads them.
+    No text of the file's header is kept: a patient's name may stand there. NRRD gets 3D Slicer's names and colours.
     """
     array = np.ascontiguousarray(grid.to_file(segs))
     with whole_file(path) as temporary:

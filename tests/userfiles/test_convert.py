@@ -168,7 +168,7 @@ def test_volumes_become_cases_along_the_wanted_axis(tmp_path, run):
     ((0, 128, 255), (0, 128, 255)), ((0, 85, 170, 255), (0, 85, 170, 255))], ids=lambda values: f"{len(values)}-{max(values)}")
 @pytest.mark.parametrize("kind", ["picture", "nifti"])
 def test_the_greatest_number_beside_small_labels_is_no_object(tmp_path, run, values, kept, kind):       # fault 23
-    labels = np.repeat(np.array(values, np.min_scalar_type(max(values))), 6).reshape(2, -1)
+    labels = np.tile(np.repeat(np.array(values, np.min_scalar_type(max(values))), 6), (4, 1))
     if kind == "picture":
         save(tmp_path / "i/a.png", labels)
         save(tmp_path / "g/a.png", labels)
@@ -251,7 +251,7 @@ def test_what_is_missing_is_named_and_the_rest_goes_on(tmp_path, run):          
         save(tmp_path / name, scattered())
     out, err = run()
     assert "1 of 1 written" in out
-    assert err == ["b_mask.png, c.png: expected an image of the same name, found none for 2 masks"]
+    assert err == [f"{name}: gts: expected an image of the same name, found none" for name in ("b_mask.png", "c.png")]
     for name in ("i/b.png", "g/c.png"):
         (tmp_path / name).unlink(missing_ok=True)
         (tmp_path / name).symlink_to(tmp_path / "absent" / name)
