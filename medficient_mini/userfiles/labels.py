@@ -16,17 +16,25 @@ def load_label_picture(path) -> tuple[np.ndarray, list[str]]:
     """Read a mask picture as uint16 labels (H, W), 0 the background, and say whether it was turned.
 
     Of a palette PNG the indices are the labels, of others the grey values or colours (see `labels_of`). ValueError if
-    the file is damaged, a JPEG or transparent, or its values cannot be labels, OSError if it cannot be read.
+    the file is damaged, transparent or a JPEG of more than black and white, or its values cannot be labels, OSError if
+    it cannot be read.
     """
     path = Path(path)
     name, data = path.name, path.read_bytes()
     if data.startswith(PNG) and data[25:26] == b"\3":                 # the colour type of a palette
         pixels, remarks = decode(with_colour_type(data, 0), name)
         labels = pixels[..., 0] // (255 // (2 ** data[24] - 1))       # few bits are spread to 0–255
+    elif data.startswith(JPEG):                                       # its values are not those that were saved
+        pixels, remarks = decode(data, name)
+        grey = pixels.max(axis=2)
+        between = ((grey > 63) & (grey < 192)).astype(np.uint8)       # at edges, not over an area
+        if grey.max() < 192 or cv2.erode(between, np.ones((5, 5), np.uint8)).any():
+            raise ValueError(f"{name}: gts: expected a mask as PNG, TIFF or BMP, found a JPEG of more than black and "
+                             "white")
+        labels = grey > 127
+        remarks = [*remarks, "a black and white JPEG, cut at 128"]
     else:
         pixels, remarks = decode(data, name)
-        if data.startswith(JPEG):
-            raise ValueError(f"{name}: gts: expected a mask as PNG, TIFF or BMP, found a JPEG, which changes labels")
         whole = np.atleast_3d(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED))
         dropped = tiff_fields(data).get(SAMPLES) == 2 or data.startswith(b"BM") and data[28] == 32     # by OpenCV
         if np.ptp(whole[..., 3:]) if whole.shape[2] == 4 else dropped:

@@ -119,9 +119,15 @@ def test_solid_greys_stay_labels(tmp_path, values):                             
     assert (labels == grey).all() and warning == []
 
 
-def test_a_jpeg_is_refused(tmp_path):                                           # fault 26
-    with pytest.raises(ValueError, match="^a.jpg: gts: expected a mask as PNG, TIFF or BMP, found a JPEG[^\n]*$"):
-        load_label_picture(write(tmp_path / "a.jpg", DISC))
+def test_a_jpeg_is_black_and_white_or_refused(tmp_path):                        # fault 26
+    white = 255 * (DISC > 0).astype(np.uint8)
+    labels, remarks = load_label_picture(write(tmp_path / "a.jpg", white))
+    assert (labels == (white > 0)).mean() > 0.99 and remarks == ["a.jpg: gts: a black and white JPEG, cut at 128"]
+    three = white.copy()
+    three[:12, :12] = 128
+    for wrong in (three, white // 255, white // 2):
+        with pytest.raises(ValueError, match="^a.jpg: gts: expected a mask as PNG, TIFF or BMP, found a JPEG[^\n]*$"):
+            load_label_picture(write(tmp_path / "a.jpg", wrong))
 
 
 def test_pictures_that_are_no_masks_are_refused(tmp_path):                      # fault 26
