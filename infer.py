@@ -44,8 +44,8 @@ def parse_arguments(argv=None):
     add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 where the CPU has it, else f32; int8 needs "
         "the default weights or a file of medficient_mini.cpu.int8")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, …")
-    add("--threads", type=int, help="CPU threads (default: torch's choice; for a single picture, those of the "
-                        "cores that other programs leave free)")
+    add("--threads", type=int, help="CPU threads (default: torch's choice; for a single picture, those of the cores "
+        "that other programs leave free)")
     add("--overlay", type=Path, metavar="DIR", help="also write a picture of each case there")
     add("--separate", action="store_true",
         help="also write each object's own mask where objects overlap (`masks`, of volumes `bits`)")
@@ -218,6 +218,10 @@ def main(argv=None) -> int:
                 raise ValueError(f"--threads: expected a number above 0, found {arguments.threads}")
             torch.set_num_threads(arguments.threads)
             cv2.setNumThreads(arguments.threads)
+        try:
+            torch.device(arguments.device)
+        except RuntimeError:
+            raise ValueError(f"--device: expected cpu, cuda, cuda:1, …, found {arguments.device}") from None
         check_prompts(arguments)
         if arguments.pick:
             require_display()

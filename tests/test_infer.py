@@ -216,7 +216,8 @@ def test_options_reach_the_network(cases, tmp_path, run, monkeypatch):
 @pytest.mark.parametrize("words, expected", [
     (["-i", "absent", "-o", "out"], "absent"), (["-i", DEMO, "-o", "out", "--weights", "absent.pth"], "absent.pth"),
     (["-i", DEMO, "-o", "out", "--part", "4/3"], "--part"), (["-i", DEMO, "-o", DEMO], "another folder"),
-    (["-i", DEMO, "-o", "file"], "file"), (["-i", DEMO, "-o", "out", "--threads", "0"], "--threads: expected")])
+    (["-i", DEMO, "-o", "file"], "file"), (["-i", DEMO, "-o", "out", "--threads", "0"], "--threads: expected"),
+    (["-i", DEMO, "-o", "out", "--device", "banana"], "--device: expected")])
 def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, run, words, expected):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")

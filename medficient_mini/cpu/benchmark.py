@@ -11,6 +11,7 @@ threads. Cold processes run infer.py, from Python's start to the written masks; 
 """
 import argparse
 import contextlib
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -30,11 +31,6 @@ from ..inference.volume import segment_volume
 from ..machine import Load
 from ..nets.sam import NETWORKS, build_sam
 from .fast import PRECISIONS, to_fast
-
-try:
-    import openvino
-except ImportError:
-    openvino = None
 
 # MedficientSAM, Tables 1 and 5, as the authors' README and flop_counter notebook (github.com/hieplpvip/medficientsam)
 # repeat them, on an Intel Core i9-10900K: multiply-adds (G), 2D and 3D seconds, 2D and 3D megabytes. Their counter adds
@@ -128,14 +124,20 @@ def describe_machine(busy_loops, free):
     """Tell what the figures depend on: processor, threads, free ones, load, the versions of torch and OpenVINO."""
     with contextlib.suppress(OSError):
         print(Path("/proc/cpuinfo").read_text().partition("model name")[2].partition("\n")[0].strip("\t :"), end=", ")
-    versions = f"torch {torch.__version__}, OpenVINO {openvino.__version__ if openvino else 'not installed'}"
+    versions = f"torch {torch.__version__}, OpenVINO "
+    try:
+        versions += importlib.metadata.version("openvino")
+    except importlib.metadata.PackageNotFoundError:
+        versions += "not installed"
     print(f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
           f"{free} of them free, load {os.getloadavg()[0]:.1f} and {busy_loops} busy loops, {versions}\n")
 
 
 def openvino_encoders(encoder, x):
     """The encoder compiled by OpenVINO for f32 and bf16 with as many threads as torch has; none where it is absent."""
-    if openvino is None:
+    try:
+        import openvino         # late: a process that has it and forks, as one that trains does, was seen to crash
+    except ImportError:
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                       # what torch's tracer has to say

@@ -13,11 +13,6 @@ OVERLAPS = ("inside", "higher", "later")
 INSIDE = 0.8                         # see `lies_inside`
 
 
-def label_dtype(count: int) -> np.dtype:
-    """Return the smallest unsigned type that holds that many labels: uint8 for up to 255, else uint16."""
-    return np.min_scalar_type(int(count))
-
-
 class Composition:
     """The labels of N objects on an image or a volume, and what became of each object's own mask.
 
@@ -27,7 +22,7 @@ class Composition:
     """
 
     def __init__(self, shape: tuple[int, ...], count: int, separate: bool = False):
-        self.labels = np.zeros(shape, label_dtype(count))
+        self.labels = np.zeros(shape, np.min_scalar_type(count))
         self.mask_sizes = np.zeros(count, int)
         self.bits = np.zeros((-(-count // 8), *shape), np.uint8) if separate else None
 

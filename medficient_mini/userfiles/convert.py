@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from ..files import first_line
-from ..inference.compose import label_dtype
 from ..inference.names import composed, show_any_name
 from ..inference.npz import write_npz
 from ..show.progress import ProgressBar
@@ -99,7 +98,7 @@ def number_objects(labels: np.ndarray, instances: bool, min_size: int) -> tuple[
     numbers = kept.cumsum() * kept
     if numbers.max() > 65535:
         raise OverflowError("gts: expected at most 65535 objects, found more (see --min-size)")
-    gts = numbers.astype(label_dtype(numbers.max()))[objects]
+    gts = numbers.astype(np.min_scalar_type(numbers.max()))[objects]
     boxes = [[side.start for side in place[::-1]] + [side.stop - 1 for side in place[::-1]]
              for place in find_objects(gts)]
     return gts, np.array(boxes, np.int64).reshape(-1, 2 * labels.ndim)

@@ -21,11 +21,11 @@ def load_label_picture(path) -> tuple[np.ndarray, list[str]]:
     """
     path = Path(path)
     name, data = path.name, path.read_bytes()
-    if data.startswith(PNG) and data[25:26] == b"\3":                 # the colour type of a palette
-        pixels, remarks = decode(with_colour_type(data, 0), name)
+    palette = data.startswith(PNG) and data[25:26] == b"\3"           # the colour type
+    pixels, remarks = decode(with_colour_type(data, 0) if palette else data, name)
+    if palette:
         labels = pixels[..., 0] // (255 // (2 ** data[24] - 1))       # few bits are spread to 0–255
     elif data.startswith(JPEG):                                       # its values are not those that were saved
-        pixels, remarks = decode(data, name)
         grey = pixels.max(axis=2)
         between = ((grey > 63) & (grey < 192)).astype(np.uint8)       # at edges, not over an area
         if grey.max() < 192 or cv2.erode(between, np.ones((5, 5), np.uint8)).any():
@@ -34,7 +34,6 @@ def load_label_picture(path) -> tuple[np.ndarray, list[str]]:
         labels = grey > 127
         remarks = [*remarks, "a black and white JPEG, cut at 128"]
     else:
-        pixels, remarks = decode(data, name)
         whole = np.atleast_3d(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED))
         dropped = tiff_fields(data).get(SAMPLES) == 2 or data.startswith(b"BM") and data[28] == 32     # by OpenCV
         if np.ptp(whole[..., 3:]) if whole.shape[2] == 4 else dropped:

@@ -94,7 +94,7 @@ def write(case: Case, found: Composition, arguments, origin: str, seconds: float
             save_labels(mask_file(case.name, arguments), found.labels, case.grid)
         else:
             save_label_picture(mask_file(case.name, arguments), found.labels)
-    if arguments.separate and found.mask_sizes.sum() > found.kept_sizes().sum():
+    if arguments.separate and found.mask_sizes.sum() > np.count_nonzero(found.labels):
         fields |= {"bits": found.bits} if case.is_3d else {"masks": found.masks()}
     write_segs(arguments.output / f"{stem_of(case.name)}.npz", found.labels, **fields)
     try:
