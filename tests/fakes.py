@@ -19,10 +19,14 @@ class BrightSam(torch.nn.Module):
     def __init__(self, name: str = "medficientsam_l0"):
         super().__init__()
         self.anchor = torch.nn.Parameter(torch.zeros(1))
-        self.name, self.encoded = name, 0
+        self.name, self.inputs = name, []
+
+    @property
+    def encoded(self):
+        return len(self.inputs)
 
     def image_encoder(self, x):                                               # (B, 3, 512, 512)
-        self.encoded += len(x)
+        self.inputs.extend([x.shape] * len(x))                                # unlike +=, safe with several workers
         return F.adaptive_avg_pool2d(x.mean(1, keepdim=True), 64).expand(-1, 256, -1, -1)
 
     def decode(self, embedding, boxes=None, points=None, masks=None, image_index=None, multimask=False):
