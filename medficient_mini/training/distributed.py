@@ -36,7 +36,7 @@ class Distributed:
         if gpu:
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            # The others wait while the first process unpacks volumes or the slowest computes its share of embeddings.
+            # The others wait while the first process unpacks volumes or the slowest validates.
             dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2))
         self.bf16 = amp != "off" and (torch.cuda.is_bf16_supported(including_emulation=False) if gpu else native_bf16())
 
@@ -45,12 +45,13 @@ class Distributed:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def to_device(self, batch):
-        """Bring a module, channels-last, or a dict of tensors to the device."""
+        """Bring a module, channels-last, or the tensors of a dict to the device."""
         if isinstance(batch, nn.Module):
             if self.size > 1 and self.device.type == "cuda":
                 batch = nn.SyncBatchNorm.convert_sync_batchnorm(batch)
             return batch.to(self.device, memory_format=torch.channels_last)
-        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+        return {key: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+                for key, value in batch.items()}
 
     def sum(self, values):
         """Sum each number of a dict (same keys everywhere) over the processes, in float64; all wait for each other."""

@@ -12,17 +12,9 @@ def decode_boxes(network, embedding, batch):
     return logits, batch["masks"][valid], iou
 
 
-def embedding_mse(pred, target, known=None):
-    """Mean squared error between embeddings (B, 256, 64, 64) (MedficientSAM, Sec. 2; MobileSAM, 2306.14289, Sec. 4.1).
-
-    Of the `known` samples, (B,) bool, alone, 0 if none is; what `target` holds for the others counts not even if NaN.
-    """
-    difference = pred.float() - target.float()
-    if known is None:
-        return (difference ** 2).mean()
-    # Before the square: after it, a NaN would come back as the gradient's factor, and 0 * NaN is NaN.
-    difference = torch.where(known[:, None, None, None], difference, 0.0)
-    return (difference ** 2).flatten(1).mean(1).sum() / known.sum().clamp(min=1)
+def embedding_mse(pred, target):
+    """Mean squared error between embeddings (B, 256, 64, 64) (MedficientSAM, Sec. 2; MobileSAM, 2306.14289, Sec. 4.1)."""
+    return F.mse_loss(pred.float(), target.float())
 
 
 def dice_loss(logits, masks):

@@ -202,7 +202,7 @@ def single_batches(dataset, world, label, shared=True):
     indices = range(world.rank, len(dataset), world.size) if shared else range(len(dataset))
     for index in ProgressBar(indices, len(indices), label):
         sample = dataset.sample(0, index, index)
-        yield index, world.to_device({key: value[None] for key, value in sample.items()})
+        yield index, world.to_device(torch.utils.data.default_collate([sample]))
 
 
 def modality_means(dataset, scores, world):

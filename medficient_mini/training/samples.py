@@ -38,9 +38,11 @@ def embedding_path(folder, case, z, flip=(False, False)):
 
 
 def save_embedding(path, embedding):
-    """Write an embedding (256, 64, 64) as float16, 2 MB."""
+    """Write an embedding (256, 64, 64) as float16, 2 MB, and return what `load_embedding` will."""
+    embedding = embedding.half()
     with writing(path) as temporary:
-        np.save(temporary, embedding.half().numpy(force=True))
+        np.save(temporary, embedding.numpy(force=True))
+    return embedding
 
 
 def load_embedding(path):
@@ -56,9 +58,8 @@ def load_embedding(path):
 class SliceDataset(torch.utils.data.Dataset):
     """Samples of both stages, dicts of tensors: `image` (3, size, size) float32 in [0, 1] and what `objects` draw.
 
-    For distillation also `teacher_image`, or `embedding` (256, 64, 64) float16 and `has_embedding` () bool. A network
-    is not equivariant, so a flipped image needs an embedding of its own, and one that is rotated or photometrically
-    changed never has one; what has none serves a mask loss only.
+    For distillation also `teacher_image`, and the `embedding_file` that keeps the teacher's answer. A network is not
+    equivariant, so a flipped image has a file of its own; "" is that of an image rotated or photometrically changed.
     """
     cases: list                             # of npz.Header
     slices: list                            # of (index of the case, z)
@@ -71,7 +72,6 @@ class SliceDataset(torch.utils.data.Dataset):
     in_use: float = 0.0                     # part of volumes' samples for `Objects.draw_in_use`; flipped at most
     teacher_input: tuple[int, str] | None = None
     embeddings: str | None = None
-    plain: float = 0.0                      # part of a distillation's samples left as they are, with their target
 
     def __len__(self):
         return len(self.slices)
@@ -89,11 +89,7 @@ class SliceDataset(torch.utils.data.Dataset):
         if labels is None or not self.objects:
             labels = np.zeros(image.shape[:2], np.uint8)
         is_labelled = labels.any()
-        # Moved, a slice without labels would have neither a mask nor an embedding to learn from.
-        must_stay = self.embeddings and self.objects and not is_labelled
-        if (self.embeddings or self.teacher_input) and (rng.random() < self.plain or must_stay):
-            mode = "none"
-        elif self.photometric:
+        if self.photometric:
             image = photometric(image, rng)
         in_use = (self.in_use and self.objects and case.is_3d and case.has_gts
                   and (rng.random() < self.in_use or not is_labelled))
@@ -108,11 +104,8 @@ class SliceDataset(torch.utils.data.Dataset):
             sample |= self.objects.draw(labels, rng, max(labels.shape) / max(image.shape[:2]))
         if self.teacher_input:
             sample["teacher_image"] = to_network(moved, *self.teacher_input)
-        if self.embeddings:
-            path = flip and image is original and embedding_path(self.embeddings, case, z, flip)
-            is_known = bool(path and path.exists())
-            sample["has_embedding"] = torch.tensor(is_known)
-            sample["embedding"] = load_embedding(path) if is_known else torch.zeros(256, 64, 64).half()
+            is_kept = self.embeddings and flip and image is original
+            sample["embedding_file"] = str(embedding_path(self.embeddings, case, z, flip)) if is_kept else ""
         return sample
 
 

@@ -1,5 +1,6 @@
 """Samples of both stages, their order and batches."""
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from npz_files import write_2d, write_3d
 from medficient_mini.inference.geometry import box_of_mask, boxes_to_network, to_network
 from medficient_mini.training.augment import Objects, mask_to_network
 from medficient_mini.training.cases import list_slices, scan_cases, with_neighbours
-from medficient_mini.training.samples import EpochSampler, SliceDataset, embedding_path, make_loader, save_embedding
+from medficient_mini.training.samples import EpochSampler, SliceDataset, load_embedding, make_loader, save_embedding
 from medficient_mini.training.volume_cache import SliceCache
 
 IMAGE, BARE, EMPTY, VOLUME = range(4)
@@ -82,25 +83,31 @@ def test_student_and_teacher_see_the_same_image(cases, cache):
     assert len(seen) == 4 and seen.total() == 20 and "embedding" not in sample and not sample["box_valid"].any()
 
 
-def test_samples_take_the_embeddings_that_are_there(cases, cache, tmp_path):
-    def shares(index=IMAGE, **options):
-        dataset = SliceDataset(cases, [(index, 0)], cache, (32, "bilinear"), embeddings=tmp_path, **options)
+def test_samples_name_the_file_of_their_embedding(cases, cache, tmp_path):
+    """One for each of the four flips; none for what is otherwise changed, and no network would say the same of."""
+    def names(**options):
+        dataset = SliceDataset(cases, [(IMAGE, 0)], cache, (32, "bilinear"), embeddings=tmp_path, **options,
+                               teacher_input=(32, "bilinear"))
         samples = [dataset.sample(0, position, 0) for position in range(20)]
-        assert all(sample["embedding"][0, 0, 0] == sample["has_embedding"] for sample in samples)
-        return sum(bool(sample["has_embedding"]) for sample in samples) / 20
+        images = {sample["embedding_file"]: sample["teacher_image"] for sample in samples}
+        assert all(torch.equal(images[sample["embedding_file"]], sample["teacher_image"])
+                   for sample in samples if sample["embedding_file"])
+        return [Path(sample["embedding_file"]).name for sample in samples]
 
-    for index in (IMAGE, BARE, EMPTY):
-        save_embedding(embedding_path(tmp_path, cases[index], 0), torch.ones(256, 64, 64))
-    assert 0 < shares(mode="flips") < 0.5                                   # one of the four flips
-    assert 0 < shares(photometric=True) < 0.6                                  # three of ten are left as they are
-    assert shares(mode="full", photometric=True, plain=1.0) == 1
-    # Without a label there is no mask to learn, so with boxes such a slice is left as it is and has its target.
-    options = dict(mode="full", objects=Objects(1, 32, 32))
-    assert shares(EMPTY, **options) == shares(BARE, **options) == 1
-    path = embedding_path(tmp_path, cases[IMAGE], 0)
+    assert set(names()) == {"0.npy"}
+    assert set(names(mode="flips")) == {"0.npy", "0-h.npy", "0-v.npy", "0-hv.npy"}
+    assert 0 < names(mode="full").count("") < 20
+    assert 0 < names(photometric=True).count("0.npy") < 15 and set(names(photometric=True)) == {"", "0.npy"}
+
+
+def test_embeddings_are_kept_and_a_damaged_one_is_one_line(tmp_path):
+    embedding = torch.randn(256, 64, 64)
+    kept = save_embedding(tmp_path / "case" / "0.npy", embedding)
+    assert torch.equal(kept, load_embedding(tmp_path / "case" / "0.npy")) and torch.allclose(kept.float(), embedding, atol=1e-2)
+    path = tmp_path / "case" / "0.npy"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="0.npy: embedding: expected numbers"):
-        shares()
+        load_embedding(path)
 
 
 def test_an_embedding_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
