@@ -6,12 +6,14 @@
 Torch chooses the number of threads, or OMP_NUM_THREADS; --busy N keeps N cores busy meanwhile. As in infer.py an image
 takes those that other programs leave free, a volume has a slice on each. The forms take turns, so that a busy spell
 meets all alike. Their figures are minimum / median / maximum over the rounds: seconds of the plain network, and for the
-others the ratio to it in the same round. Where the package openvino is installed, it runs the encoder too, on all
-threads. Cold processes run infer.py, from Python's start to the written masks; MB are their largest resident size.
+others the ratio to it in the same round. Where the package openvino is installed, it computes the networks too, on all
+threads, between the same lines of our own. Cold processes run infer.py, or the same with OpenVINO from converted files,
+from Python's start to the written masks; MB are their largest resident size.
 """
 import argparse
 import contextlib
 import importlib.metadata
+import importlib.util
 import os
 import subprocess
 import sys
@@ -23,9 +25,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from torch import nn
 
 from ..inference.checkpoint import load_model, resolve
 from ..inference.geometry import boxes_to_network, to_network
+from ..inference.npz import read_case, write_segs
 from ..inference.predictor import decode_boxes, segment_image
 from ..inference.volume import segment_volume
 from ..machine import Load
@@ -42,6 +46,9 @@ PUBLISHED = {
     "medficientsam_l1": (51.05, 1.0, 9.0, 553, 793),
     "medficientsam_l2": (70.71, 1.1, 11.1, 663, 903),
 }
+INFER = "infer.py", "-i"                                                     # commands, before the case's path
+COLD = "-c", "import sys; from medficient_mini.cpu.benchmark import segment_cold; segment_cold(*sys.argv[1:])"
+DECODED = (1, 2, 4)                  # numbers of boxes that OpenVINO's decoders are made for: what the cases need
 CASES = {"2D": (1, 2604, 1726, 4), "3D": (40, 512, 512, 6), "large": (1, 4000, 4000, 200)}   # D, H, W, boxes
 ROUNDS, ROUNDS_3D = 7, 3             # of the forms' turns
 BURN = """import os
@@ -72,14 +79,12 @@ def draw_case(name):
     return np.stack([pixels] * depth), np.insert(boxes, [2, 4], [0, depth - 1], axis=1)
 
 
-def run_cold(folder, case, weights, *options):
-    """Run infer.py in a new process on a case of CASES, written to `folder`: its seconds and peak memory in MB."""
+def run_cold(folder, case, command, *options):
+    """Run a command in a new process on a case of CASES, written to `folder`: its seconds and peak memory in MB."""
     path, (pixels, boxes) = f"{folder}/{case}_CT_bench.npz", draw_case(case)
     np.savez_compressed(path, imgs=pixels, boxes=boxes, spacing=np.ones(3))
-    command = [sys.executable, "infer.py", "-i", path, "-o", f"{folder}/masks", "--overwrite",
-               "--weights", str(weights), *options]
-    done = subprocess.run([sys.executable, "-c", BETWEEN, *command], cwd=Path(__file__).parents[2], check=True,
-                          stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-c", BETWEEN, sys.executable, *command, path, *map(str, options)],
+                          cwd=Path(__file__).parents[2], check=True, stdout=subprocess.PIPE, text=True)
     seconds, peak = map(float, done.stdout.split()[-2:])
     return seconds, peak * (1 if sys.platform == "darwin" else 1024) / 1e6    # macOS counts bytes, Linux KiB
 
@@ -99,7 +104,8 @@ def table_5(folder):
     for name, published in PUBLISHED.items():
         model, weights = build_sam(name).eval(), f"{folder}/{name}.pth"
         torch.save(model.state_dict(), weights)
-        seconds, peaks = zip(*(run_cold(folder, case, weights, "--propagation", "published") for case in ("2D", "3D")))
+        options = "-o", f"{folder}/masks", "--overwrite", "--weights", weights, "--propagation", "published"
+        seconds, peaks = zip(*(run_cold(folder, case, INFER, *options) for case in ("2D", "3D")))
         with torch.inference_mode(), FlopCounterMode(display=False) as counter:
             model.decode(model.image_encoder(torch.zeros(1, 3, model.image_size, model.image_size)), torch.ones(1, 4))
         ours = (counter.get_total_flops() / 2e9, *seconds, *peaks)
@@ -133,18 +139,58 @@ def describe_machine(busy_loops, free):
           f"{free} of them free, load {os.getloadavg()[0]:.1f} and {busy_loops} busy loops, {versions}\n")
 
 
-def openvino_encoders(encoder, x):
-    """The encoder compiled by OpenVINO for f32 and bf16 with as many threads as torch has; none where it is absent."""
-    try:
-        import openvino         # late: a process that has it and forks, as one that trains does, was seen to crash
-    except ImportError:
-        return {}
+class PromptedDecoder(nn.Module):
+    """Prompt encoder and mask decoder of a Sam as one module of an embedding and boxes, for OpenVINO to convert."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, embedding, boxes):
+        return self.model.decode(embedding, boxes)
+
+
+def export_openvino(model, x, folder):
+    """Convert a Sam for OpenVINO and write it to the folder: the encoder of x (1, 3, S, S), a decoder for each count."""
+    import openvino             # late: a process that has it and forks, as one that trains does, was seen to crash
+    parts = {"encoder": (model.image_encoder, x)}
+    for count in DECODED:
+        parts[f"decoder_{count}"] = PromptedDecoder(model), (torch.zeros(1, 256, 64, 64), torch.ones(count, 4))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                       # what torch's tracer has to say
-        network = openvino.convert_model(encoder, example_input=x)
-    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    return {f"OpenVINO {hint}": openvino.compile_model(network, "CPU", settings | {"INFERENCE_PRECISION_HINT": hint})
-            for hint in ("f32", "bf16")}
+        for part, (module, example) in parts.items():
+            network = openvino.convert_model(module, example_input=example)
+            openvino.save_model(network, f"{folder}/{part}.xml", compress_to_fp16=False)
+
+
+class OpenVino(nn.Module):
+    """A network that `export_openvino` wrote, with what inference asks of a Sam, on as many threads as torch has."""
+
+    def __init__(self, name, folder, precision):
+        super().__init__()
+        import openvino
+        self.name, self.image_size, self.resize = name, NETWORKS[name].image_size, NETWORKS[name].resize
+        settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": precision}
+        self.parts = {path.stem: openvino.compile_model(path, "CPU", settings) for path in Path(folder).glob("*.xml")}
+        self.anchor = nn.Parameter(torch.zeros(0))                            # tells the device
+
+    def run(self, part, *inputs):
+        """Run one part; a request of its own, since slices come side by side."""
+        found = self.parts[part].create_infer_request().infer([x.numpy() for x in inputs])
+        return [torch.from_numpy(array) for array in found.values()]
+
+    def image_encoder(self, x):
+        return self.run("encoder", x)[0]                                      # (1, 256, 64, 64)
+
+    def decode(self, embedding, boxes, **_):
+        return self.run(f"decoder_{len(boxes)}", embedding, boxes)            # (N, 1, 256, 256), (N, 1)
+
+
+def segment_cold(path, name, folder, precision):
+    """Do what infer.py does with a case, by OpenVINO: the work of a process that is timed from its start."""
+    case, model = read_case(path), OpenVino(name, folder, precision)
+    pixels, segment = (case.volume, segment_volume) if case.is_3d else (case.image, segment_image)
+    write_segs(Path(folder, "masks.npz"), segment(model, pixels, case.boxes))
 
 
 def print_times(label, forms, call, rounds=ROUNDS):
@@ -166,22 +212,28 @@ def compare_forms(weights, folder, free):
     threads = torch.get_num_threads()
     plain = load_model(weights)
     forms = {"plain": plain} | {form: to_fast(plain, form) for form in PRECISIONS[1:4 if plain.calibration else 3]}
+    options = {form: (INFER, "-o", f"{folder}/masks", "--overwrite", "--weights", weights, "--precision", form)
+               for form in list(forms)[1:]}
     (image, boxes), volume = draw_case("2D"), draw_case("3D")
     prompts = boxes_to_network(boxes, *image.shape[:2], plain.image_size)
     x = to_network(image, plain.image_size, plain.resize)[None]
-    encoders = {name: form.image_encoder for name, form in forms.items()} | openvino_encoders(plain.image_encoder, x)
+    if importlib.util.find_spec("openvino"):
+        export_openvino(plain, x, folder)
+        for precision in ("f32", "bf16"):
+            form, name = f"OpenVINO {precision}", plain.name
+            forms[form], options[form] = OpenVino(name, folder, precision), (COLD, name, folder, precision)
     torch.set_num_threads(free)
-    print_row(f"{NETWORKS[plain.name].title}: plain in seconds, others as ratio", *encoders)
-    print_row(*["---"] * (len(encoders) + 1))
-    embedding, *_ = [encoder(x) for encoder in encoders.values()]             # the first call packs the weights
-    print_times("encoder", encoders, lambda encoder: encoder(x))
+    print_row(f"{NETWORKS[plain.name].title}: plain in seconds, others as ratio", *forms)
+    print_row(*["---"] * (len(forms) + 1))
+    embedding, *_ = [form.image_encoder(x) for form in forms.values()]        # the first call packs the weights
+    print_times("encoder", forms, lambda form: form.image_encoder(x))
     print_times("decoder, 1 box", forms, lambda form: decode_boxes(form, embedding, prompts[:1]))
     print_times("decoder, 4 boxes", forms, lambda form: decode_boxes(form, embedding, prompts))
     print_times("2D case, warm", forms, lambda form: segment_image(form, image, boxes))
     torch.set_num_threads(threads)
     print_times("3D case, warm", forms, lambda form: segment_volume(form, *volume), ROUNDS_3D)
     for case in CASES:
-        cold = [run_cold(folder, case, weights, "--precision", form) for form in list(forms)[1:]]
+        cold = [run_cold(folder, case, *command) for command in options.values()]
         print_row(f"{case} case, cold", "–", *("{:.2f} s, {:.0f} MB".format(*found) for found in cold))
 
 
