@@ -4,14 +4,19 @@ Convolution, batch norm and GELU become one call with weights packed once, and a
 inside its last convolution. Encoders keep their own forward passes but for LiteMLA and Neck, which are written anew:
 who changes those in nets/efficientvit.py changes them here. Maps are channels-last: a pixel's channels lie together.
 """
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cpu import get_cpu_capability
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..nets.efficientvit import ConvLayer, LiteMLA, Neck, Residual
 from ..nets.tinyvit import ConvBN
+
+PIECE = 1 << 18                      # numbers that `gelu_` brings through all of its steps at once
 
 
 def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> nn.Conv2d:
@@ -29,6 +34,10 @@ class FusedConv(nn.Module):
         self.weight = conv.weight.detach().to(dtype)
         self.bias = None if conv.bias is None else conv.bias.detach().to(dtype)
         self.post = ("none", [], "") if act is None else ("gelu", [], act.approximate)
+        # Without AVX-512 oneDNN's tanh takes longer than the passes of `gelu_`, and almost as long as a convolution.
+        self.gelu_after = self.post[-1] == "tanh" and dtype == torch.float32 and get_cpu_capability() == "AVX2"
+        if self.gelu_after:
+            self.post = ("none", [], "")
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Maps x (B, inputs, H, W) -> (B, outputs, H/stride, W/stride) in `dtype`, channels-last.
@@ -43,7 +52,19 @@ class FusedConv(nn.Module):
             return torch.ops.mkldnn._convolution_pointwise_(
                 residual, x, weight, self.bias, *self.geometry, "add", 1.0, None, [], None)
         y = torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *self.geometry, *self.post)
+        if self.gelu_after:
+            gelu_(y.permute(0, 2, 3, 1).view(-1))
         return y if residual is None else residual + y
+
+
+def gelu_(x: Tensor) -> None:
+    """Put GELU by the tanh formula in the place of x (N,): 0.5 x (1 + tanh u) = x sigmoid(2 u)."""
+    slope = 2 * (2 / math.pi) ** 0.5
+    scratch = torch.empty(PIECE)                                              # fits a cache; fresh memory is slow
+    for piece in x.split(PIECE):
+        u = torch.mul(piece, piece, out=scratch[:len(piece)])
+        u.mul_(0.044715 * slope).add_(slope).mul_(piece)
+        piece.mul_(u.sigmoid_())
 
 
 class FusedResidual(nn.Module):

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from medficient_mini.cpu import fast
+from medficient_mini.cpu import convolutions, fast
 from medficient_mini.cpu.convolutions import enlarge, fuse
 from medficient_mini.cpu.decoder import FastDecoder
 from medficient_mini.cpu.fast import FastSam, resolve_precision, to_fast
@@ -62,8 +62,10 @@ def block_of(fused, x):
 
 
 @needs_operators
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])                    # GELU after the convolution, or within
 @torch.inference_mode()
-def test_encoder_equals_the_plain_one(l0):
+def test_encoder_equals_the_plain_one(l0, capability, monkeypatch):
+    monkeypatch.setattr(convolutions, "get_cpu_capability", lambda: capability)
     state = {key: value.clone() for key, value in l0.state_dict().items()}
     x = torch.rand(1, 3, 64, 64)
     before, form = x.clone(), to_fast(l0, "f32").image_encoder
@@ -87,6 +89,14 @@ def test_parts_of_the_networks_in_both_types(dtype, tolerance, part, channels):
     fuse(form, dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         assert error(form(x), expected) < tolerance
+
+
+@pytest.mark.parametrize("count", [5, convolutions.PIECE + 7])
+def test_gelu_in_place(count):
+    x = 4 * torch.randn(count)
+    expected = nn.functional.gelu(x, approximate="tanh")
+    convolutions.gelu_(x)
+    assert torch.allclose(x, expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("side", [8, 32])
