@@ -60,6 +60,7 @@ def ahead(function, items, workers: int):
     """
     waiting, threads = deque(), torch.get_num_threads()
     shares = (max(1, threads // workers),)
+    _glibc("mallopt", -8, 1)             # M_ARENA_MAX: of heaps of their own, each would keep the most it ever held
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=shares) as pool:
             for item in items:
