@@ -56,7 +56,6 @@ def parse_arguments(argv=None):
     add("--overlap", choices=OVERLAPS, default=OVERLAPS[0], help="a pixel that several objects claim goes to the one "
         "inside another, else to the higher logit (default); always to the higher logit; or to the later box as "
         "published")
-    add("--cache-mb", type=float, default=1024, help="MB of embeddings kept by --propagation published")
     add("--z-exclusive", action="store_true",
         help="z_max of a volume's box is the slice after the last (the MedficientSAM authors' reading)")
     add_prompt_options(parser)
@@ -151,7 +150,7 @@ def segment(model, case, arguments, bar=None):
     if not case.is_3d:
         return segment_image(model, case.image, case.boxes, **options)
     return segment_volume(model, case.volume, case.boxes, case.drawn_slice, arguments.propagation, **options,
-                          cache_mb=arguments.cache_mb, progress=lambda *slices: bar.set("slice %d of %d" % slices))
+                          progress=lambda *slices: bar.set("slice %d of %d" % slices))
 
 
 def run(arguments) -> int:

@@ -202,14 +202,14 @@ def test_options_reach_the_network(cases, tmp_path, run, monkeypatch):
 
     def segment_volume(model, volume, boxes, drawn_slice, propagation, **options):
         options["progress"](1, 3)
-        seen.append((boxes[:, 5].tolist(), propagation, options["overlap"], options["cache_mb"]))
+        seen.append((boxes[:, 5].tolist(), propagation, options["overlap"]))
         return results.Composition(volume.shape, 1)
 
     monkeypatch.setattr(infer, "segment_volume", segment_volume)
     run("-i", cases / "3D_CT_c.npz", "-o", tmp_path / "out")
     run("-i", cases / "3D_CT_c.npz", "-o", tmp_path / "out", "--z-exclusive", "--propagation", "published",
-        "--overlap", "later", "--cache-mb", 7, "--precision", "f32", "--device", "cuda", "--threads", 1)
-    assert seen == [([2], "sections", "inside", 1024), ([1], "published", "later", 7)]
+        "--overlap", "later", "--precision", "f32", "--device", "cuda", "--threads", 1)
+    assert seen == [([2], "sections", "inside"), ([1], "published", "later")]
     assert run.loaded == [(None, None, "cpu", "auto"), (None, None, "cuda", "f32")]
 
 

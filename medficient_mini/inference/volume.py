@@ -17,7 +17,7 @@ from .geometry import box_of_mask, boxes_to_network, logits_to_mask, scaled_size
 from .predictor import checked_boxes, checked_pixels, decode_boxes, encode
 
 PROPAGATIONS = ("sections", "published")
-EMBEDDING_MB = 4                     # 256 × 64 × 64 float32
+KEPT = 256                           # embeddings, 4 MB each: 1 GB at most
 LITE_MEDSAM_LOOSENED = 3             # network pixels, LiteMedSAM's inference script
 
 
@@ -26,7 +26,7 @@ class Stopped(Exception):
 
 
 def segment_volume(model, volume: ndarray, boxes: ndarray, drawn_slice: ndarray | None = None,
-                   propagation: str = PROPAGATIONS[0], overlap: str = OVERLAPS[0], cache_mb: float = 1024, *,
+                   propagation: str = PROPAGATIONS[0], overlap: str = OVERLAPS[0], *,
                    progress=None, should_stop=None, details: bool = False,
                    separate: bool = False) -> ndarray | Composition:
     """Segment the objects in boxes of a volume: labels (D, H, W), where box k gives label k, counted from 1.
@@ -38,7 +38,6 @@ def segment_volume(model, volume: ndarray, boxes: ndarray, drawn_slice: ndarray 
         drawn_slice: int (N,), the slices the boxes were drawn on, where the objects are largest; None: the middle.
         propagation: "sections", see `segment_sections`, or "published", see `propagate`.
         overlap: who gets a voxel that several objects claim, see `compose`; as published, always the later box.
-        cache_mb: with "published", the most memory that embeddings may take, in MB.
         progress: called as progress(done, total) after each slice.
         should_stop: called without arguments before each slice; where it returns true, Stopped is raised.
         details: return the whole Composition: labels, sizes and what was lost.
@@ -61,7 +60,7 @@ def segment_volume(model, volume: ndarray, boxes: ndarray, drawn_slice: ndarray 
     found = Composition(volume.shape[:3], len(boxes), separate)
     watch = partial(watched, progress=progress, should_stop=should_stop)
     if propagation == "published":
-        propagate(found, model, volume, boxes, drawn, cache_mb, watch)
+        propagate(found, model, volume, boxes, drawn, watch)
     else:
         segment_sections(found, model, volume, boxes, drawn, overlap, watch)
     return found if details else found.labels
@@ -118,12 +117,12 @@ def section_boxes(boxes: ndarray, z: int, drawn_slice: ndarray | None = None) ->
     return np.hstack([middle - half, middle + half])
 
 
-def propagate(found: Composition, model, volume, boxes, drawn, cache_mb: float, watch) -> None:
+def propagate(found: Composition, model, volume, boxes, drawn, watch) -> None:
     """Segment by the published propagation (LiteMedSAM's and MedficientSAM's scripts).
 
     The middle slice (z0 + z1) // 2 is prompted with the box; every further slice, up to z1 and down to z0, with the
     box of its neighbour's mask. Where masks overlap, the later box wins. All boxes that wait for a slice are decoded
-    as one batch on one embedding; those of slices that are met on both ways are kept while `cache_mb` allows.
+    as one batch on one embedding; those of slices that are met on both ways are kept, KEPT of them.
     """
     frame = (*volume.shape[1:3], model.image_size)
     first, middle, last = boxes[:, 2], np.floor(drawn), boxes[:, 5]
@@ -133,7 +132,7 @@ def propagate(found: Composition, model, volume, boxes, drawn, cache_mb: float, 
     down = visits(reversed(range(len(volume))), first, middle - 1)
     twice = {z for z, _ in up} & {z for z, _ in down}
     # The way down starts at the top, so the embeddings used last, which stay when memory is short, are needed first.
-    kept = lru_cache(int(cache_mb) // EMBEDDING_MB)(lambda z: encode(model, volume[z]))
+    kept = lru_cache(KEPT)(lambda z: encode(model, volume[z]))
     ways = [(*visit, upward) for visit in up] + [(*visit, downward) for visit in down]
 
     for z, objects, prompts in watch(ways, len(ways)):

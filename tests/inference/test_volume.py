@@ -158,16 +158,16 @@ def test_published_propagation_an_empty_mask_falls_back_to_the_given_box():
     assert not segs[4].any() and all(segs[z].any() for z in (0, 1, 2, 3, 5, 6))
 
 
-def test_published_propagation_encodes_every_slice_once_and_cache_limits_change_no_mask():
+def test_published_propagation_encodes_every_slice_once_and_forgotten_ones_again(monkeypatch):
     volume = drifting_volume()
     boxes = np.array([[20., 36, 0, 100, 84, 5], [30, 36, 3, 110, 84, 11], [60, 30, 6, 120, 90, 6]])
     model = BrightSam()
     whole = propagate(model, volume, boxes)
     assert model.encoded == 12
-    frugal = BrightSam()
-    assert (propagate(frugal, volume, boxes, cache_mb=0) == whole).all()
-    assert frugal.encoded > 12
-    assert (propagate(BrightSam(), volume, boxes, cache_mb=9) == whole).all()
+    for count in (0, 2):
+        monkeypatch.setattr("medficient_mini.inference.volume.KEPT", count)
+        frugal = BrightSam()
+        assert (propagate(frugal, volume, boxes) == whole).all() and frugal.encoded > 12
     alone = [propagate(BrightSam(), volume, box[None]) for box in boxes]
     together = np.zeros_like(whole)
     for k, one in enumerate(alone, 1):
