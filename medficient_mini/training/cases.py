@@ -14,20 +14,20 @@ from ..inference.npz import list_cases, read_header
 from ..show.progress import ProgressBar
 
 
-def scan_cases(folder, strict=False, need_masks=False):
+def scan_cases(folder, need_masks=False):
     """Find the cases below a folder: list of npz.Header, sorted by path. ValueError if there is none.
 
-    A bad file, with `need_masks` also one without `gts`, costs a line on stderr, or with `strict` a ValueError.
+    A bad file, with `need_masks` also one without `gts`, costs a line on stderr.
     """
     paths = list_cases(folder)
-    cases = [header for _, header in _each(partial(read_header, need_gts=need_masks), paths, "checking cases", strict)]
+    cases = [header for _, header in _each(partial(read_header, need_gts=need_masks), paths, "checking cases")]
     if not cases:
         raise ValueError(f"{folder}: expected a usable case, found none among {len(paths)} NPZ files")
     return cases
 
 
-def _each(function, items, label, strict):
-    """Yield (position, function(item)), computed in threads; an item with a ValueError costs a line unless strict."""
+def _each(function, items, label):
+    """Yield (position, function(item)), computed in threads; an item with a ValueError costs a line."""
     with ThreadPoolExecutor(4) as pool:
         futures = [pool.submit(function, item) for item in items]
         bar = ProgressBar(futures, len(items), label)
@@ -35,8 +35,6 @@ def _each(function, items, label, strict):
             try:
                 yield position, future.result()
             except ValueError as error:
-                if strict:
-                    raise
                 bar.write(str(error))
 
 
@@ -85,9 +83,9 @@ def depth(case):
     return case.shape[0] if case.is_3d else 1
 
 
-def list_slices(cases, cache, labelled_only, strict=False):
+def list_slices(cases, cache, labelled_only):
     """List the slices of all cases in order, or those with a label alone; what cannot be read is as in `scan_cases`."""
-    found = _each(cache.objects, cases, "reading cases", strict)               # which reads each file once
+    found = _each(cache.objects, cases, "reading cases")                       # which reads each file once
     return [(index, z) for index, (labelled, _) in found
             for z in (labelled if labelled_only else range(depth(cases[index])))]
 

@@ -53,7 +53,6 @@ def common_parser(doc, *, out, lr, weight_decay, bs, schedule, boxes):
     add("--patient", str, "how to find the patient in a file's name (default: guessed, e.g. P001 of P001_slice01)",
         metavar="REGEX")
     add("--val-limit", 200, "validate on at most so many slices")
-    add("--strict", False, "stop at a bad file instead of skipping it")
     add("--limit-samples", int, "train on so many slices drawn at random")
     add("--samples-per-epoch", int, "length of an epoch (default: every slice once)")
     add("--balance", float, "draw modalities in proportion to (number of cases) ** POWER (without a number 0.5)",
@@ -146,9 +145,9 @@ def read_data(arguments, world, network, labelled, mask_size=None):
     if size != network.image_size and (not is_efficientvit or size % 32 or size < 64):
         raise ValueError(f"--size: expected {network.image_size}, or with an EfficientViT network a multiple of 32 from "
                          f"64, found {size} for {network.name}")
-    cases = scan_cases(arguments.data, arguments.strict, need_masks=labelled)
+    cases = scan_cases(arguments.data, need_masks=labelled)
     if arguments.val:
-        val_cases = scan_cases(arguments.val, arguments.strict, need_masks=labelled)
+        val_cases = scan_cases(arguments.val, need_masks=labelled)
         cases = outside_validation(cases, val_cases, arguments)
     else:
         cases, val_cases = split_cases(cases, arguments.val_fraction, arguments.seed, arguments.patient)
@@ -156,8 +155,8 @@ def read_data(arguments, world, network, labelled, mask_size=None):
     cache = SliceCache(arguments.cache, arguments.cache_mb)
     val_labelled = labelled or bool(arguments.decoder_weights)
     with world.first_goes_ahead():                                             # the others find its work in the cache
-        slices = list_slices(cases, cache, labelled, arguments.strict)
-        val_slices = list_slices(val_cases, cache, val_labelled, arguments.strict)
+        slices = list_slices(cases, cache, labelled)
+        val_slices = list_slices(val_cases, cache, val_labelled)
     if arguments.limit_samples:
         slices = draw_slices(cases, slices, arguments.limit_samples, arguments.seed)
     if not val_slices:

@@ -71,7 +71,7 @@ class SliceDataset(torch.utils.data.Dataset):
     photometric: bool = False
     in_use: float = 0.0                     # part of volumes' samples for `Objects.draw_in_use`; flipped at most
     teacher_input: tuple[int, str] | None = None
-    embeddings: str | None = None
+    embeddings: Path | None = None          # the folder of the teacher's kept answers
 
     def __len__(self):
         return len(self.slices)

@@ -37,7 +37,7 @@ from .samples import EpochSampler, make_loader, writing
 
 # All other options stay.
 MAY_CHANGE_ON_RESUME = ("resume out minutes steps epochs workers threads save_minutes log_steps device amp cache "
-                        "cache_mb val_limit strict").split()
+                        "cache_mb val_limit").split()
 
 
 class Trainer:

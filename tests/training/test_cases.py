@@ -27,7 +27,7 @@ def test_scan_takes_what_inference_takes(tmp_path):                            #
     for name, imgs in (("16", np.ones((40, 60, 3), np.uint16)), ("float", np.ones((40, 60))),
                        ("rgba", np.ones((40, 60, 4), np.uint8)), ("one", np.ones((40, 60, 1), np.uint8))):
         write_2d(tmp_path, f"2D_US_{name}", imgs=imgs)
-    cases = {case.name: case for case in scan_cases(tmp_path, strict=True)}
+    cases = {case.name: case for case in scan_cases(tmp_path)}
     assert len(cases) == 6 and cases["3D_CT_a"].is_3d and not cases["2DBox_OCT_b"].has_gts
     assert cases["2DBox_OCT_b"].modality == "OCT" and cases["3D_CT_a"].shape == (6, 24, 30)
     assert "2DBox_OCT_b" not in {case.name for case in scan_cases(tmp_path, need_masks=True)}
@@ -51,8 +51,6 @@ def test_bad_files_cost_one_line_each(tmp_path, capsys):
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("checking")]
     assert sorted(line.split(": ")[0][6:-4] for line in lines) == ["huge", "none", "shape", "text"]
     assert [line for line in lines if "huge" in line][0].startswith("2D_US_huge.npz: imgs: expected the 10,000,000,000")
-    with pytest.raises(ValueError, match="2D_US_huge"):
-        scan_cases(tmp_path, strict=True)
 
 
 def test_split_is_by_patient_and_deterministic():
@@ -116,8 +114,6 @@ def test_slices_with_labels_their_neighbours_and_a_damaged_file(tmp_path, capsys
     assert labelled == [(0, 0), (3, 1), (3, 2), (3, 3)]
     assert capsys.readouterr().err.count("2D_US_damaged.npz: file: expected a whole NPZ archive") == 1
     assert with_neighbours(cases, labelled[::-1]) == [(0, 0)] + [(3, z) for z in range(5)]
-    with pytest.raises(ValueError, match="2D_US_damaged.npz"):
-        list_slices(cases, cache, True, strict=True)
     unlabelled = [replace(case, has_gts=False) for case in cases[:2]]
     assert list_slices(unlabelled, cache, False) == [(0, 0)]
 
