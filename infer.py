@@ -19,10 +19,11 @@ import torch
 
 from medficient_mini.cpu.fast import PRECISIONS
 from medficient_mini.files import first_line
-from medficient_mini.inference.checkpoint import load_model
+from medficient_mini.inference.checkpoint import DEFAULT, load_model, resolve
 from medficient_mini.inference.compose import OVERLAPS
 from medficient_mini.inference.names import show_any_name
 from medficient_mini.inference.npz import list_cases, read_case, read_labels
+from medficient_mini.inference.origin import digest, made_with, what_changed
 from medficient_mini.inference.predictor import segment_image
 from medficient_mini.inference.volume import PROPAGATIONS, segment_volume
 from medficient_mini.machine import Load, ahead, place_among_processes, workers_on
@@ -31,7 +32,12 @@ from medficient_mini.userfiles.pick import pick, require_display
 from medficient_mini.userfiles.pictures import stem_of
 from medficient_mini.userfiles.prompts import (add_prompt_options, check_prompts, list_user_files, read_user_case,
                                                segment_points)
-from medficient_mini.userfiles.results import made_with, mask_file, show, what_changed, what_decides, write
+from medficient_mini.userfiles.results import mask_file, show, write
+from medficient_mini.userfiles.volumes import parts_of
+
+# The options that decide a result, besides the files of weights.
+DECISIVE = ("precision", "propagation", "overlap", "separate", "z_exclusive", "point", "background", "pick", "z",
+            "slice", "axis", "window", "series")
 
 
 def parse_arguments(argv=None):
@@ -106,7 +112,7 @@ def prepare(path: Path, boxes, decisive: dict, arguments):
     None where it is finished; its stored masks are drawn if a picture is wanted.
     """
     result = arguments.output / f"{stem_of(path)}.npz"
-    origin = made_with(path, boxes, decisive)
+    origin = made_with(parts_of(path), boxes, decisive)
     mask = mask_file(path, arguments) if arguments.own_files else None
     reason = "new" if arguments.overwrite or arguments.pick else what_changed(origin, result, mask)
     if not reason and not arguments.overlay:
@@ -162,7 +168,8 @@ def run(arguments) -> int:
     if world > 1 or {"RANK", "WORLD_SIZE"} & os.environ.keys():
         print(f"part {rank + 1}/{world}: {len(paths)} of {len(cases)} cases")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    decisive = what_decides(arguments)
+    weights = [path and digest([resolve(path)]) for path in (arguments.weights or DEFAULT, arguments.decoder_weights)]
+    decisive = {"weights": weights, **{name: getattr(arguments, name) for name in DECISIVE}}
     for line in wrong:
         print(line, file=sys.stderr)
     workers = max(1, min(len(paths), workers_on(torch.device(arguments.device))))
@@ -191,11 +198,11 @@ def run(arguments) -> int:
                 seconds = time.perf_counter() - began
                 if found is None:
                     break
-            lost, faults = write(case, found, arguments, origin, seconds)
-            for line in lost + faults:
+            lost, fault = write(case, found, arguments, origin, seconds)
+            for line in lost + fault:
                 bar.write(f"{case.name}: {line}")
             done += 1
-            undecorated += bool(faults)
+            undecorated += bool(fault)
         except Exception as error:                               # whatever is wrong with a case, it costs one line
             line = first_line(error)
             line = line if path.name in line else f"{path.name}: {line}"

@@ -211,7 +211,8 @@ def compare_forms(weights, folder, free):
     """Print what every form of one network takes, warm in this process and in cold ones."""
     threads = torch.get_num_threads()
     plain = load_model(weights)
-    forms = {"plain": plain} | {form: to_fast(plain, form) for form in PRECISIONS[1:4 if plain.calibration else 3]}
+    forms = {form: to_fast(plain, form) for form in PRECISIONS[1:4 if plain.calibration else 3]}
+    forms = {"plain": plain} | {form: fast for form, fast in forms.items() if fast is not plain}     # what is lacking
     options = {form: (INFER, "-o", f"{folder}/masks", "--overwrite", "--weights", weights, "--precision", form)
                for form in list(forms)[1:]}
     (image, boxes), volume = draw_case("2D"), draw_case("3D")
@@ -219,7 +220,7 @@ def compare_forms(weights, folder, free):
     x = to_network(image, plain.image_size, plain.resize)[None]
     if importlib.util.find_spec("openvino"):
         export_openvino(plain, x, folder)
-        for precision in ("f32", "bf16"):
+        for precision in [form for form in ("f32", "bf16") if form in forms]:
             form, name = f"OpenVINO {precision}", plain.name
             forms[form], options[form] = OpenVino(name, folder, precision), (COLD, name, folder, precision)
     torch.set_num_threads(free)

@@ -10,8 +10,6 @@ _segmentation if it likes, the image's with nnU-Net's _0000. `case.png` becomes 
 import argparse
 import re
 import sys
-import zlib
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +39,6 @@ def parse_arguments(argv=None):
     add_reading_options(parser)
     add("--instances", action="store_true", help="every connected part of a label is an object of its own")
     add("--min-size", type=int, default=1, metavar="N", help="drop objects of fewer pixels or voxels")
-    add("--margin", type=int, default=0, metavar="M",
-        help="loosen each side of a box by a random 0…M pixels (not along z)")
-    add("--seed", type=int, default=0, help="of the random margins")
     return parser.parse_args(argv)
 
 
@@ -55,17 +50,11 @@ def pair_files(images: Path, masks: Path) -> tuple[dict[Path, list[Path]], list[
     if images.resolve() == masks.resolve():
         mask_files = [path for path in mask_files if MASK_ENDING.search(stem_of(path))]
     taken = {path.resolve() for path in mask_files}           # the masks' folder may lie within that of the images
-    pairs = {path: [] for path in image_files if path.resolve() not in taken}
-    by_name, lonely = defaultdict(list), []
-    for path in pairs:
-        by_name[common_name(images, path)].append(path)
+    names = {path: common_name(images, path) for path in image_files if path.resolve() not in taken}
+    by_name, lonely = {name: [] for name in names.values()}, []
     for path in mask_files:
-        owners = by_name[common_name(masks, path)]
-        for image in owners:
-            pairs[image].append(path)
-        if not owners and images.is_dir():
-            lonely.append(path)
-    return pairs, lonely
+        by_name.get(common_name(masks, path), lonely).append(path)
+    return {path: by_name[name] for path, name in names.items()}, lonely if images.is_dir() else []
 
 
 def common_name(root: Path, path: Path) -> str:
@@ -126,10 +115,6 @@ def convert_pair(image: Path, mask: Path, target: Path, arguments) -> tuple[int,
     gts, boxes = number_objects(labels, arguments.instances, arguments.min_size)
     if not len(boxes):
         return 0, [*lines, f"{image.name}: left out, its mask holds no object of {arguments.min_size} or more pixels"]
-    rng = np.random.default_rng([arguments.seed, zlib.crc32(target.name.encode())])       # in whatever order of files
-    corners = boxes.reshape(len(boxes), 2, -1)                                # (N, lower and upper, xyz)
-    corners[..., :2] += rng.integers(0, arguments.margin + 1, (len(boxes), 2, 2)) * [[-1], [1]]
-    boxes = corners.clip(0, np.array(gts.shape[::-1]) - 1).reshape(boxes.shape)
     write_npz(target, imgs=imgs, gts=gts, boxes=boxes, intensity=text, **spacing)
     return len(boxes), lines
 
@@ -139,8 +124,6 @@ def convert(arguments) -> int:
     arguments.window = parse_window(arguments.window)
     if not re.fullmatch(r"[A-Za-z0-9-]+", arguments.modality):
         raise ValueError(f"--modality: expected letters and digits, for file names, found {arguments.modality}")
-    if arguments.margin < 0:
-        raise ValueError(f"--margin: expected 0 or more, found {arguments.margin}")
     pairs, lonely = pair_files(arguments.images, arguments.masks)
     for mask in lonely:
         print(f"{mask.name}: gts: expected an image of the same name, found none", file=sys.stderr)

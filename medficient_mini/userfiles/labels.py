@@ -7,61 +7,60 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from .pictures import JPEG, PALETTE, PHOTOMETRIC, PNG, SAMPLES, decode, tiff_fields, with_colour_type
+from .pictures import PALETTE, PHOTOMETRIC, SAMPLES, TURNED, decode, tiff_fields, with_colour_type
 
 MOST_VALUES = 32                     # more grey values or colours are no labels, but soft edges or a photograph
 
 
-def load_label_picture(path) -> tuple[np.ndarray, list[str]]:
+def load_label_picture(path: Path) -> tuple[np.ndarray, list[str]]:
     """Read a mask picture as uint16 labels (H, W), 0 the background, and say whether it was turned.
 
     Of a palette PNG the indices are the labels, of others the grey values or colours (see `labels_of`). ValueError if
-    the file is damaged, transparent or a JPEG of more than black and white, or its values cannot be labels, OSError if
-    it cannot be read.
+    the file is damaged, transparent, a JPEG of more than black and white or of another format with a palette, or its
+    values cannot be labels, OSError if it cannot be read.
     """
-    path = Path(path)
     name, data = path.name, path.read_bytes()
-    palette = data.startswith(PNG) and data[25:26] == b"\3"           # the colour type
-    pixels, remarks = decode(with_colour_type(data, 0) if palette else data, name)
+    palette = data.startswith(b"\x89PNG") and data[25:26] == b"\3"            # the colour type
+    pixels, turned = decode(with_colour_type(data, 0) if palette else data, name)
     if palette:
         labels = pixels[..., 0] // (255 // (2 ** data[24] - 1))       # few bits are spread to 0–255
-    elif data.startswith(JPEG):                                       # its values are not those that were saved
+    elif data.startswith(b"\xff\xd8\xff"):                            # a JPEG's values are not those that were saved
         grey = pixels.max(axis=2)
-        between = ((grey > 63) & (grey < 192)).astype(np.uint8)       # at edges, not over an area
-        if grey.max() < 192 or cv2.erode(between, np.ones((5, 5), np.uint8)).any():
+        between = cv2.inRange(grey, 64, 191)                          # at edges, not over an area
+        if grey.max() < 192 or cv2.erode(between, None, iterations=2).any():
             raise ValueError(f"{name}: gts: expected a mask as PNG, TIFF or BMP, found a JPEG of more than black and "
                              "white")
         labels = grey > 127
-        remarks = [*remarks, "a black and white JPEG, cut at 128"]
     else:
+        fields, is_bmp = tiff_fields(data), data.startswith(b"BM")
+        has_palette = fields.get(PHOTOMETRIC) == PALETTE or is_bmp and data[28] <= 8
+        if has_palette and np.ptp(pixels, axis=2).any():                         # a grey one changes nothing
+            raise ValueError(f"{name}: gts: expected labels with a palette as PNG, found another format")
         whole = np.atleast_3d(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED))
-        dropped = tiff_fields(data).get(SAMPLES) == 2 or data.startswith(b"BM") and data[28] == 32     # by OpenCV
+        dropped = fields.get(SAMPLES) == 2 or is_bmp and data[28] == 32          # transparency, by OpenCV
         if np.ptp(whole[..., 3:]) if whole.shape[2] == 4 else dropped:
             raise ValueError(f"{name}: gts: expected an opaque mask, found transparency")
-        labels = labels_of(pixels, data, name)
-    return labels.astype(np.uint16), [f"{name}: gts: {remark}" for remark in remarks]
+        labels = labels_of(pixels, name)
+    return labels.astype(np.uint16), [f"{name}: gts: {TURNED}"] * turned
 
 
-def labels_of(pixels: np.ndarray, data: bytes, name: str) -> np.ndarray:
+def labels_of(pixels: np.ndarray, name: str) -> np.ndarray:
     """Turn the pixels of a mask (H, W, 1 or 3) into labels (H, W).
 
     Grey values stay as they are where they are few, small or without a gap; few colours but black are numbered in
-    order of (R, G, B). ValueError for many other values, soft edges, and a palette whose indices are not read.
+    order of (R, G, B). ValueError for many other values, and soft edges.
     """
     white = 255 if pixels.dtype == np.uint8 else 65535
     pixels = whole_numbers(pixels, name)
     brightest = pixels.max(axis=2)
     grey = ((pixels == brightest[..., None]) | ~pixels.any((0, 1))).all()     # or shades of red, for example
-    palette = tiff_fields(data).get(PHOTOMETRIC) == PALETTE or data.startswith(b"BM") and data[28] <= 8
-    if palette and not grey:
-        raise ValueError(f"{name}: gts: expected labels with a palette as PNG, found another format")
     numbers = brightest if grey else pixels.astype(np.int64) @ (1 << 32, 1 << 16, 1)
     found = np.unique(numbers)
     if grey and (len(found) - 1 == found[-1] < white or found[-1] <= white // 16):
         return numbers
     # Edges are soft where no value between black and white fills 3 x 3 pixels; small ones are classes beside "ignore".
-    between, square = (brightest > white // 4) & (brightest < white), np.ones((3, 3), np.uint8)
-    flat = cv2.erode(brightest, square) == cv2.dilate(brightest, square)
+    between = (brightest > white // 4) & (brightest < white)
+    flat = cv2.erode(brightest, None) == cv2.dilate(brightest, None)
     soft = grey and found[-1] == white and between.any() and not (between & flat).any()
     if soft or len(found) > MOST_VALUES:
         raise ValueError(f"{name}: gts: expected labels or black and white, found {len(found)} grey values or colours, "
@@ -72,10 +71,10 @@ def labels_of(pixels: np.ndarray, data: bytes, name: str) -> np.ndarray:
 def whole_numbers(array: np.ndarray, name: str) -> np.ndarray:
     """Round numbers that are whole but for a file's scale factors (within 1e-3) to uint16 labels.
 
-    ValueError if one is not whole, negative, above 65535 or not finite.
+    Those of 8 bits stay as they are. ValueError if one is not whole, negative, above 65535 or not finite.
     """
     if array.dtype in (np.uint8, np.uint16):
-        return array.astype(np.uint16)
+        return array
     numbers = array.astype(np.float64)
     labels = np.rint(numbers)
     wrong = ~np.isclose(numbers, labels, rtol=0, atol=1e-3) | (labels < 0) | (labels > 65535)

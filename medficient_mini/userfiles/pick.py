@@ -23,7 +23,7 @@ LONGEST, SHORTEST = 900, 512         # the longest side of a picture on the scre
 STRIP = 44                           # height of the two lines under the picture
 KEPT = 64                            # embeddings of slices, 4 MB each
 HELP = "drag: box   u undo   s save   q quit"
-HELP_3D = "   n p next, previous slice   f l box's first, last slice"
+HELP_3D = "n p: next, previous slice   f l: newest box's first, last slice"
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Picker:
         self.z = len(self.slices) // 2
         self.size = case.shape[-2:]                             # (H, W)
         self.scale = np.clip(max(self.size), SHORTEST, LONGEST) / max(self.size)
-        self.objects: list[Drawn] = []
+        self.objects = []                                       # each is a Drawn
         self.start, self.dragged = None, []                     # x y and the box, in pixels, while the button is down
         self.embedding = lru_cache(KEPT)(lambda z: encode(model, self.slices[z]))           # (1, 256, 64, 64)
         self.changed, self.done = True, None
@@ -97,14 +97,11 @@ class Picker:
         boxes = [drawn.box if drawn.first <= self.z <= drawn.last else [np.nan] * 4 for drawn in self.objects]
         boxes = np.reshape(boxes + self.dragged, (-1, 4))
         picture = panel(self.slices[self.z], self.labels(), boxes, self.scale, fill=0.35)
-        state = f"boxes: {len(self.objects)}"
+        right = max(SHORTEST - picture.shape[1], 0)
+        canvas = cv2.copyMakeBorder(picture, 0, STRIP, 0, right, cv2.BORDER_CONSTANT)
+        write(canvas, HELP, 6, len(picture) + 17, 0.4)
         if self.case.is_3d:
-            state += f"   slice {self.z} of 0-{len(self.slices) - 1}"
-            state += "".join(f"   newest box: {drawn.first}-{drawn.last}" for drawn in self.objects[-1:])
-        canvas = np.zeros((len(picture) + STRIP, max(picture.shape[1], SHORTEST), 3), np.uint8)
-        canvas[:len(picture), :picture.shape[1]] = picture
-        write(canvas, state, 6, len(picture) + 17, 0.4)
-        write(canvas, HELP + HELP_3D * self.case.is_3d, 6, len(picture) + 36, 0.4)
+            write(canvas, f"slice {self.z} of 0-{len(self.slices) - 1}   {HELP_3D}", 6, len(picture) + 36, 0.4)
         return canvas
 
     def finish(self) -> None:

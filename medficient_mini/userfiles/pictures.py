@@ -19,11 +19,9 @@ from ..show.draw import colours
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 ENDING = re.compile(r"\.(nii|nii\.gz|nrrd|mha|mhd|dcm|npz|png|jpe?g|tiff?|bmp)$", re.IGNORECASE)
 WINDOWS = {"soft-tissue": (40.0, 400.0), "lung": (-600.0, 1500.0), "bone": (400.0, 1800.0), "brain": (40.0, 80.0)}
-PERCENTILES = (0.5, 99.5)            # of the non-zero numbers, as MedSAM prepares its data
 SAMPLE = 1 << 23                     # numbers that percentiles are taken from; smaller images give all of theirs
 PHOTOMETRIC, ORIENTATION, SAMPLES = 262, 274, 277    # the TIFF fields that are looked at
 INVERTED, PALETTE = 0, 3             # values of PHOTOMETRIC: zero is white; numbers are indices of colours
-PNG, JPEG = b"\x89PNG", b"\xff\xd8\xff"                # first bytes, which say more than a file's name
 TURNED = "turned as its EXIF orientation says"
 # What the libraries for JPEG, PNG, JPEG 2000 and MetaImage write on standard error.
 COMPLAINTS = re.compile(rb"(Corrupt JPEG|Invalid |Inconsistent|libpng|Unsupported |Marker |Failed |Meta(Image|Object): "
@@ -44,14 +42,12 @@ def parse_window(words: list[str] | None) -> tuple[float, float] | None:
     """Read ["lung"] or ["-600", "1500"] as (level, width), None as None; ValueError where it is neither."""
     if words is None:
         return None
-    try:
+    with suppress(ValueError):
         level, width = map(float, WINDOWS.get(" ".join(words), words))
-    except ValueError:
-        level, width = 0.0, 0.0
-    if not (np.isfinite(level) and 0 < width < np.inf):
-        raise ValueError(f"--window: expected LEVEL WIDTH with a width above 0, or one of {', '.join(WINDOWS)}, "
-                         f"found {' '.join(words)}")
-    return level, width
+        if np.isfinite(level) and 0 < width < np.inf:
+            return level, width
+    raise ValueError(f"--window: expected LEVEL WIDTH with a width above 0, or one of {', '.join(WINDOWS)}, "
+                     f"found {' '.join(words)}")
 
 
 def intensity_range(sample: np.ndarray, window: tuple[float, float] | None) -> tuple[float, float, str]:
@@ -64,8 +60,8 @@ def intensity_range(sample: np.ndarray, window: tuple[float, float] | None) -> t
     finite = sample[np.isfinite(sample)].astype(np.float64)
     if not finite.any():
         return 0.0, 0.0, "all values are zero"
-    low, high = np.percentile(finite[finite != 0], PERCENTILES).tolist()
-    text = f"{PERCENTILES[0]:g} and {PERCENTILES[1]:g} percentiles of non-zero values"
+    low, high = np.percentile(finite[finite != 0], (0.5, 99.5)).tolist()     # as MedSAM prepares its data
+    text = "0.5 and 99.5 percentiles of non-zero values"
     if low == high:
         # A picture of one number on zero would turn black: the zeros count after all.
         low, high, text = float(finite.min()), float(finite.max()), "least and greatest value"
@@ -74,58 +70,60 @@ def intensity_range(sample: np.ndarray, window: tuple[float, float] | None) -> t
 
 def to_uint8(array: np.ndarray, low: float, high: float) -> np.ndarray:
     """Map numbers of any type and shape to uint8: low and below to 0, high and above to 255, NaN to 0."""
-    array = np.asarray(array)
     if (array.dtype, low, high) == (np.uint8, 0, 255):
         return array
-    # 8 and 16 bits are exact in float32. Larger numbers far from zero would lose their differences there.
-    kind = np.float32 if array.dtype.itemsize <= 2 else np.float64
-    scaled = (array.astype(kind) - low) * 255 / ((high - low) or 1.0)
+    # In float32 numbers far from zero would lose their differences.
+    scaled = (array.astype(np.float64) - low) * 255 / ((high - low) or 1.0)
     return np.nan_to_num(scaled.clip(0, 255) + 0.5, nan=0.0).astype(np.uint8)
 
 
-def load_picture(path, window: tuple[float, float] | None = None) -> tuple[np.ndarray, str]:
+def load_picture(path: Path, window: tuple[float, float] | None = None) -> tuple[np.ndarray, str]:
     """Read a PNG, JPEG, TIFF or BMP file as uint8 (H, W, 3) RGB, and say how its intensities were mapped.
 
     It is turned as its EXIF orientation says; transparency is dropped. `window` is (level, width). ValueError if the
     file is damaged or no single picture, OSError if it cannot be read.
     """
-    path = Path(path)
-    pixels, remarks = decode(path.read_bytes(), path.name)
-    step = -(-pixels.size // SAMPLE)
-    low, high, text = intensity_range(pixels.reshape(-1, pixels.shape[2])[::step], window)
-    rgb = np.broadcast_to(to_uint8(pixels, low, high), (*pixels.shape[:2], 3))
-    return np.ascontiguousarray(rgb), "; ".join([text, *remarks])
+    pixels, turned = decode(path.read_bytes(), path.name)
+    low, high, text = intensity_range(pixels[::-(-pixels.size // SAMPLE)], window)      # every so many rows
+    rgb = to_uint8(pixels, low, high).repeat(3 // pixels.shape[2], axis=2)
+    return rgb, text + f"; {TURNED}" * turned
 
 
-def decode(data: bytes, name: str) -> tuple[np.ndarray, list[str]]:
+def decode(data: bytes, name: str) -> tuple[np.ndarray, bool]:
     """Decode a picture file's bytes to grey (H, W, 1) or RGB (H, W, 3) in the file's own type, upright, opaque.
 
-    The list is [TURNED] where they lie otherwise in the file. ValueError if they are damaged or not one picture.
+    Also return whether they were turned for it. ValueError if they are damaged or not one picture.
     """
-    if data[:4] in (b"II+\0", b"MM\0+"):
-        raise ValueError(f"{name}: file: expected a classic TIFF, found a BigTIFF, whose fields are not read")
-    pages, complaints = pages_of(data)
-    if data.startswith(JPEG) and pages and is_damaged(data, complaints):
-        raise ValueError(f"{name}: file: expected a whole JPEG picture, found a damaged one")
+    fields, pages = tiff_fields(data), pages_of(data)
     if len(pages) != 1:
         found = f"{len(pages)} pages" if pages else "damaged or other data"
         raise ValueError(f"{name}: file: expected one PNG, JPEG, TIFF or BMP picture, found {found}")
     pixels = np.atleast_3d(pages[0])[..., ::-1]                              # BGR to RGB
-    tiff = tiff_fields(data)
-    if tiff.get(PHOTOMETRIC) == INVERTED and pixels.itemsize > 1:            # OpenCV inverts those of 8 bits itself
+    if fields.get(PHOTOMETRIC) == INVERTED and pixels.itemsize > 1:          # OpenCV inverts those of 8 bits itself
         pixels = -pixels if pixels.dtype.kind == "f" else ~pixels
-    stored, _ = pages_of(data, cv2.IMREAD_IGNORE_ORIENTATION)                # it turns TIFFs all the same
-    turned = 2 <= tiff.get(ORIENTATION, 1) <= 8 or not np.array_equal(stored, pages, equal_nan=True)
-    return pixels, [TURNED] if turned else []
+    stored = pages_of(data, cv2.IMREAD_IGNORE_ORIENTATION)                   # it turns TIFFs all the same
+    turned = 2 <= fields.get(ORIENTATION, 1) <= 8 or not np.array_equal(stored, pages, equal_nan=True)
+    return pixels, turned
 
 
-def pages_of(data: bytes, flags: int = 0) -> tuple[tuple[np.ndarray, ...], bytes]:
-    """Decode a file's pages, none if damaged; give also what was written on stderr: the JPEG library's only sign."""
+def tiff_fields(data: bytes) -> dict[int, int]:
+    """Read the fields of 16 bits in the first directory of a classic TIFF; none of other files."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[:4])
+    with suppress(struct.error):                                             # cut short, or no TIFF
+        start, = struct.unpack_from(f"{order}I", data, 4)                    # "None…" is no format
+        count, = struct.unpack_from(f"{order}H", data, start)
+        entries = struct.iter_unpack(f"{order}HHIHH", data[start + 2:start + 2 + 12 * count])
+        return {tag: value for tag, _, _, value, _ in entries}
+    return {}
+
+
+def pages_of(data: bytes, flags: int = 0) -> tuple[np.ndarray, ...]:
+    """Decode a file's pages, none if damaged: what is written on stderr is the JPEG library's only sign of it."""
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)        # our one line instead of its several
     pages, flags = (), flags | cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH
     with hushed() as written, suppress(cv2.error):
         _, pages = cv2.imdecodemulti(np.frombuffer(data, np.uint8), flags)
-    return pages, written[0]
+    return () if b"Corrupt JPEG" in written[0] else pages
 
 
 @contextmanager
@@ -147,37 +145,10 @@ def hushed():
             os.write(2, COMPLAINTS.sub(b"", written[0]))
 
 
-def is_damaged(data: bytes, complaints: bytes) -> bool:
-    """Tell whether the decoder complained of a JPEG, or does not miss the last two bytes of its pixels.
-
-    A decoder that damage has led astray may reach the last pixel too soon, and says nothing of what is left over.
-    """
-    place = 2
-    while data[place:place + 1] == b"\xff" and data[place + 1:place + 2] != b"\xda":     # before the pixels
-        place += 2 + int.from_bytes(data[place + 2:place + 4], "big")
-    end = data.find(b"\xff\xd9", place)
-    pages, missed = pages_of(data[:end - 2] + data[end:])
-    return b"Corrupt JPEG" in complaints or bool(pages) and b"Corrupt JPEG" not in missed
-
-
-def tiff_fields(data: bytes) -> dict[int, int]:
-    """Read the fields of 16 bits in the first directory of a TIFF; empty where there is none."""
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[:4])
-    if order is None:
-        return {}
-    try:
-        start, = struct.unpack_from(f"{order}I", data, 4)
-        count, = struct.unpack_from(f"{order}H", data, start)
-        entries = struct.iter_unpack(f"{order}HHIHH", data[start + 2:start + 2 + 12 * count])
-        return {tag: value for tag, _, _, value, _ in entries}
-    except struct.error:                                                     # cut short
-        return {}
-
-
 def save_label_picture(path, segs: np.ndarray) -> None:
     """Write integer labels (H, W) as a PNG: up to 255 by a palette in the overlay's colours, more in 16 bits."""
     count = int(segs.max()) + 1
-    png = cv2.imencode(".png", segs.astype(np.uint8 if count <= 256 else np.uint16))[1].tobytes()
+    png = cv2.imencode(".png", segs.astype(np.min_scalar_type(count - 1)))[1].tobytes()
     if count <= 256:
         png = with_colour_type(png, 3, png_chunk(b"PLTE", colours(count).tobytes()))
     with whole_file(path) as temporary:

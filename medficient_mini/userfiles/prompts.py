@@ -15,9 +15,8 @@ from ..inference.predictor import Predictor
 from .pictures import WINDOWS, is_picture, load_picture, parse_window
 from .volumes import AXES, list_images, load_volume
 
-# The headings of a table's columns behind the file's name, without "_" and capitals.
-HEADINGS = ("x0 y0 x1 y1", "x1 y1 x2 y2", "xmin ymin xmax ymax", "i0 j0 k0 i1 j1 k1", "x y w h",
-            "x y width height")
+# The headings of a table's columns behind the file's name, without "_" and capitals. Others may mean another order.
+HEADINGS = ("x0 y0 x1 y1", "x1 y1 x2 y2", "xmin ymin xmax ymax", "i0 j0 k0 i1 j1 k1")
 
 
 def add_prompt_options(parser) -> None:
@@ -74,27 +73,24 @@ def check_prompts(arguments) -> None:
 def read_boxes(path: Path) -> dict[str, list[list[float]]]:
     """Read a CSV file with lines `file, x0, y0, x1, y1` or `file, i0, j0, k0, i1, j1, k1` as boxes by file name (NFC).
 
-    The first line may be a heading, any word and then one of HEADINGS; under `x y w h` the last two are counts of
-    pixels. ValueError for a line that is neither, or no line at all, OSError if the file cannot be read.
+    The first line may be a heading, any word and then one of HEADINGS. ValueError for a line that is neither, or no
+    line at all, OSError if the file cannot be read.
     """
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     delimiter = ";" if lines and ";" in lines[0] else ","
-    table, heading = {}, ""
+    table = {}
     for number, row in enumerate(csv.reader(lines, delimiter=delimiter), 1):
-        name, *cells = [cell.strip() for cell in row] or [""]
-        columns = " ".join(cells).lower().replace("_", "")
-        if number == 1 and columns in HEADINGS:
-            heading = columns
-        elif any([name, *cells]):
+        row = [cell.strip() for cell in row]
+        name, *cells = row or [""]
+        heading = number == 1 and " ".join(cells).lower().replace("_", "") in HEADINGS
+        if any(row) and not heading:
             try:
                 box = [float(cell) for cell in cells]
             except ValueError:
                 box = []
-            if not name or len(box) not in ([len(heading.split())] if heading else [4, 6]):
-                raise ValueError(f"{path.name}: line {number}: expected a file and {heading or '4 or 6 numbers'}, "
+            if not name or len(box) not in (4, 6):
+                raise ValueError(f"{path.name}: line {number}: expected a file and x0 y0 x1 y1 or i0 j0 k0 i1 j1 k1, "
                                  f"found {delimiter.join(row)}")
-            if heading.startswith("x y"):
-                box[2:] = box[0] + box[2] - 1, box[1] + box[3] - 1
             table.setdefault(composed(name.replace("\\", "/")), []).append(box)
     if not table:
         raise ValueError(f"{path.name}: file: expected lines of file and box, found none")

@@ -27,7 +27,7 @@ IMAGES = (*PICTURES, *NIFTI, ".nrrd", *META)
 # What slices, rows and columns run towards: Superior, Inferior, Left, Posterior.
 AXES = {"axial": "SPL", "coronal": "PIL", "sagittal": "LIP"}
 UNITS = {1: 1000.0, 3: 0.001}        # NIfTI's codes of metres and micrometres: mm in one. All else is in mm
-SERIES, DESCRIPTION = "0020|000e", "0008|103e"         # DICOM's tags
+TAGS = "0020|000e", "0008|103e"      # of a DICOM series: its identifier and description
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])                  # from ITK's axes, left, back and top, to NIfTI's, and back
 
 
@@ -79,11 +79,9 @@ def grid_of(shape, affine: np.ndarray, axis: str, header=None) -> Grid:
 
 def is_dicom(path: Path) -> bool:
     """Tell whether a file starts as DICOM files do."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
+    with suppress(OSError), open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
+    return False
 
 
 def list_images(path: Path) -> list[Path]:
@@ -125,6 +123,7 @@ def _open_nifti(path: Path):
 def _itk_reader(path: Path):
     """Let SimpleITK read a file's header; return its reader, and the file's affine."""
     import SimpleITK
+    from nibabel.affines import from_matvec
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(str(path))
@@ -133,10 +132,8 @@ def _itk_reader(path: Path):
     # Compression shrinks at most 1032-fold: no header promises more.
     if len(size) != 3 or channels > 1 or math.prod(size) > 1100 * sum(part.stat().st_size for part in parts_of(path)):
         raise FieldError(f"imgs: expected a 3D volume in grey, found shape {size}, {channels} channels")
-    affine = np.eye(4)
-    affine[:3, :3] = np.reshape(reader.GetDirection(), (3, 3)) * reader.GetSpacing()
-    affine[:3, 3] = reader.GetOrigin()
-    return reader, LPS @ affine
+    axes = np.reshape(reader.GetDirection(), (3, 3)) * reader.GetSpacing()
+    return reader, LPS @ from_matvec(axes, reader.GetOrigin())
 
 
 def _open_itk(path: Path):
@@ -151,21 +148,18 @@ def _open_itk(path: Path):
 
 
 def _open_dicom(path: Path, series: int | None):
-    """Read one series of a DICOM folder, or a single file: its numbers (I, J, K), rescaled, its affine, a remark."""
+    """Read one series of a DICOM folder, or a single file: its numbers (I, J, K), rescaled, and its affine."""
     import SimpleITK
-
-    def tag(reader, key):
-        return reader.GetMetaData(key).strip() if reader.HasMetaDataKey(key) else ""
-
-    files, found = parts_of(path), {}                        # the slices of each series
-    for file in files:
+    found = {}                                               # the slices of each series
+    for file in parts_of(path):
         with suppress(RuntimeError, FieldError):             # reports, plans and colour pictures lie beside images
             reader, affine = _itk_reader(file)
-            found.setdefault(tag(reader, SERIES), []).append((reader, affine))
+            tags = [reader.GetMetaData(tag).strip() for tag in TAGS if reader.HasMetaDataKey(tag)]
+            found.setdefault(tuple(tags), []).append((reader, affine))
     # Without --series there must be one alone.
     if not 0 < (series or len(found)) <= (len(found) if series else 1):
-        listed = "; ".join(f"{number}: {tag(slices[0][0], DESCRIPTION) or 'no description'}, {len(slices)} slices"
-                           for number, slices in enumerate(found.values(), 1))
+        listed = "; ".join(f"{number}: {' '.join(tags[1:]) or 'no description'}, {len(slices)} slices"
+                           for number, (tags, slices) in enumerate(found.items(), 1))
         raise FieldError(f"series: expected --series with the number of one, found {listed or 'no image in grey'}")
     slices = list(found.values())[(series or 1) - 1]
     normal = slices[0][1][:3, 2]
@@ -182,30 +176,28 @@ def _open_dicom(path: Path, series: int | None):
     voxels = np.concatenate([SimpleITK.GetArrayFromImage(reader.Execute()) for reader, _ in slices])
     if len(voxels) != count:
         raise FieldError(f"imgs: expected one slice in each file, found {len(voxels)} in {count}")
-    left_out = len(files) - sum(map(len, found.values()))
-    return voxels.T, affine, f"; {left_out} DICOM files without a grey image left out" if left_out else ""
+    return voxels.T, affine
 
 
 def _open(path: Path, series: int | None = None):
-    """Open a volume: its numbers (I, J, K), of NIfTI not yet in memory, its affine, its header and a remark."""
-    header, remark = None, ""
+    """Open a volume: its numbers (I, J, K), of NIfTI not yet in memory, its affine, and nibabel's header or None."""
+    header = None
     try:
         with hushed():
             if path.name.lower().endswith(NIFTI):
                 voxels, affine, header = _open_nifti(path)
             elif path.is_dir() or is_dicom(path):
-                voxels, affine, remark = _open_dicom(path, series)
+                voxels, affine = _open_dicom(path, series)
             else:
                 voxels, affine = _open_itk(path)
         shape = (*voxels.shape, 1)[:3]
-        if len(shape) < 3 or math.prod(voxels.shape) != math.prod(shape) or min(shape) < 1:
-            raise FieldError(f"imgs: expected a 3D volume, none of a series, found shape {voxels.shape}")
-        if voxels.dtype.kind not in "iuf":
-            raise FieldError(f"imgs: expected one number per voxel, found {voxels.dtype}")
+        is_3d = len(shape) == 3 and math.prod(voxels.shape) == math.prod(shape) > 0
+        if not is_3d or voxels.dtype.kind not in "iuf":
+            raise FieldError(f"imgs: expected a 3D volume, one number per voxel, found {voxels.dtype}, {voxels.shape}")
         if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
             raise FieldError(f"affine: expected three independent axes, found {affine[:3, :3].tolist()}")
         # Reshaped nibabel would open the file anew for each slab.
-        return voxels if voxels.shape == shape else np.asarray(voxels).reshape(shape), affine, header, remark
+        return voxels if voxels.shape == shape else np.asarray(voxels).reshape(shape), affine, header
     except ImportError as error:
         line = f"file: expected the package {error.name} for it, found none: pip install {error.name}"
     except FieldError as error:
@@ -223,21 +215,19 @@ def load_volume(path, axis: str = "axial", window: tuple[float, float] | None = 
     `path` is a file or a folder of DICOM files, `axis` a key of AXES, `window` (level, width), `series` which of a
     DICOM folder's, from 1. ValueError if the file is absent or damaged or holds no volume, or a series has gaps.
     """
-    voxels, affine, header, remark = _open(Path(path), series)
+    voxels, affine, header = _open(Path(path), series)
     grid = grid_of(voxels.shape, affine, axis, header)
-    step = -(-math.prod(grid.shape) // SAMPLE)
-    sample = [np.asarray(voxels[..., k]).ravel()[k % step::step].copy() for k in range(grid.shape[2])]
-    low, high, text = intensity_range(np.concatenate(sample), window)
-    return grid.to_slices(voxels, np.uint8, lambda slab: to_uint8(slab, low, high)), grid, text + remark
+    sample = np.asarray(voxels[..., ::-(-math.prod(grid.shape) // SAMPLE)])             # every so many slabs
+    low, high, text = intensity_range(sample, window)
+    return grid.to_slices(voxels, np.uint8, lambda slab: to_uint8(slab, low, high)), grid, text
 
 
-def load_labels(path, grid: Grid) -> np.ndarray:
+def load_labels(path: Path, grid: Grid) -> np.ndarray:
     """Read a mask that lies on the voxel grid of an image as uint16 labels (D, H, W) of that image's slices.
 
     ValueError if the file is absent or damaged, its grid is another (half a voxel off), or its values are no labels.
     """
-    path = Path(path)
-    voxels, affine, *_ = _open(path)
+    voxels, affine, _ = _open(path)
     if voxels.shape != grid.shape:
         raise ValueError(f"{path.name}: gts: expected the image's shape {grid.shape}, found {voxels.shape}")
     distance = np.linalg.norm(np.abs(affine - grid.affine)[:3] @ [*grid.shape, 1])      # no corner is farther off
@@ -251,7 +241,7 @@ def save_labels(path, segs: np.ndarray, grid: Grid) -> None:
 
     No text of the file's header is kept: a patient's name may stand there. NRRD gets 3D Slicer's names and colours.
     """
-    array = np.ascontiguousarray(grid.to_file(segs))
+    array = grid.to_file(segs)
     with whole_file(path) as temporary:
         if grid.header is None:
             _save_itk(temporary, array, grid.affine)

@@ -292,7 +292,7 @@ def test_real_folders(tmp_path, run, exact_volumes):                            
     for name in ("rtstruct.dcm", "reportsi.dcm", "rtplan.dcm"):
         shutil.copy(REAL / name, tmp_path / "ct")
     volume, _, text = load_volume(tmp_path / "ct")
-    assert volume.shape == (6, 20, 24) and text.endswith("; 2 DICOM files without a grey image left out")
+    assert volume.shape == (6, 20, 24) and "left out" not in text
 
 
 @pytest.mark.parametrize("ending", ["nrrd", "mha"])

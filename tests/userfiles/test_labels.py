@@ -2,11 +2,11 @@
 import cv2
 import numpy as np
 import pytest
-from test_pictures import RGB, write, write_tiff, write_with_exif
+from test_pictures import RGB, png_chunk, write, write_tiff, write_with_exif
 
 from medficient_mini.show.draw import colours
 from medficient_mini.userfiles.labels import load_label_picture
-from medficient_mini.userfiles.pictures import png_chunk, save_label_picture
+from medficient_mini.userfiles.pictures import save_label_picture
 
 LABELS = np.kron(np.array([[0, 1, 2], [2, 0, 3]], np.uint8), np.ones((10, 10), np.uint8))
 DISC = cv2.circle(np.zeros((99, 99), np.uint8), (50, 50), 30, 255, -1)
@@ -122,7 +122,7 @@ def test_solid_greys_stay_labels(tmp_path, values):                             
 def test_a_jpeg_is_black_and_white_or_refused(tmp_path):                        # fault 26
     white = 255 * (DISC > 0).astype(np.uint8)
     labels, remarks = load_label_picture(write(tmp_path / "a.jpg", white))
-    assert (labels == (white > 0)).mean() > 0.99 and remarks == ["a.jpg: gts: a black and white JPEG, cut at 128"]
+    assert (labels == (white > 0)).mean() > 0.99 and not remarks
     three = white.copy()
     three[:12, :12] = 128
     for wrong in (three, white // 255, white // 2):

@@ -7,6 +7,7 @@ from fakes import BrightSam, squares
 import eval
 import infer
 from medficient_mini.inference.compose import Composition
+from medficient_mini.show.draw import colours
 from medficient_mini.userfiles import convert, pick
 
 
@@ -117,8 +118,9 @@ def test_points_are_drawn_and_an_empty_mask_is_said(pictures, tmp_path, run):  #
     run("-i", pictures / "a.png", "-o", tmp_path / "o", "--point", 50, 30, "--not", 5, 5)
     picture = cv2.imread(str(tmp_path / "o/a_overlay.png"))[..., ::-1]
     scale = picture.shape[0] / 60
-    assert picture[int(30.5 * scale), int(50.5 * scale)].tolist() == [0, 200, 0]
-    assert picture[int(5.5 * scale), int(5.5 * scale)].tolist() == [230, 0, 0]
+    for point, colour in zip(((50, 30), (5, 5)), colours(3)[1:].tolist()):
+        corner = [int(scale * coordinate) for coordinate in point]
+        assert picture[corner[1], corner[0]].tolist() == colour
     out, err = run("-i", pictures / "a.png", "-o", tmp_path / "o", "--box", 0, 0, 10, 10)
     assert err == ["a.png: label 1: nothing found"] and "1 segmented" in out
     _, err = run("-i", pictures / "a.png", "-o", tmp_path / "o", "--point", 50, 30)
@@ -197,7 +199,7 @@ def test_converted_folders_are_segmented_and_scored(pictures, tmp_path, run):
     for name in ("a.png", "sub/b.png", "c.png"):
         (tmp_path / "masks" / name).parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(tmp_path / "masks" / name), squares((60, 90), [(20, 40, 30, 70)]))
-    words = ["-i", pictures, "-g", tmp_path / "masks", "-o", tmp_path / "npz", "--modality", "US", "--margin", 3]
+    words = ["-i", pictures, "-g", tmp_path / "masks", "-o", tmp_path / "npz", "--modality", "US"]
     assert convert.main([*map(str, words)]) == 0
     out, err = run("-i", tmp_path / "npz", "-o", tmp_path / "segs")
     assert "3 segmented" in out and not err
