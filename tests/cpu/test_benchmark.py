@@ -39,7 +39,7 @@ def started(monkeypatch):
 
 def test_forms_of_a_network(started, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "load_model", lambda weights: Stub())
-    monkeypatch.setattr(benchmark, "to_fast", lambda model, precision: model)
+    monkeypatch.setattr(benchmark, "to_fast", lambda model, precision: Stub())
     benchmark.main(["--infer"])
     rows = {line.split(" | ")[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "int8" not in rows["| MedficientSAM-L0: plain in seconds, others as ratio"]       # no activation ranges
