@@ -31,7 +31,7 @@ class FusedConv(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.geometry = conv.padding, conv.stride, conv.dilation, conv.groups
-        self.weight = conv.weight.detach().to(dtype)
+        self.packed = conv.weight.detach().to(dtype), 0                       # and the threads it is packed for
         self.bias = None if conv.bias is None else conv.bias.detach().to(dtype)
         self.post = ("none", [], "") if act is None else ("gelu", [], act.approximate)
         # Without AVX-512 oneDNN's tanh takes longer than the passes of `gelu_`, and almost as long as a convolution.
@@ -44,9 +44,11 @@ class FusedConv(nn.Module):
 
         The sum with a `residual` of that type is made in its memory; one of another type keeps its own.
         """
-        x, weight = x.to(self.dtype, memory_format=torch.channels_last), self.weight
-        if not weight.is_mkldnn:                   # oneDNN's best order of the weights depends on the size of the map
-            weight = self.weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry, x.shape)
+        x, (weight, threads) = x.to(self.dtype, memory_format=torch.channels_last), self.packed
+        if threads != torch.get_num_threads():     # oneDNN's best order depends on the size of the map and the threads
+            weight = weight.to_dense() if threads else weight
+            weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry, x.shape)
+            self.packed = weight, torch.get_num_threads()
         if residual is not None and residual.dtype == self.dtype:
             residual = residual.contiguous(memory_format=torch.channels_last)
             return torch.ops.mkldnn._convolution_pointwise_(

@@ -51,8 +51,10 @@ def test_blocks_in_any_memory_layout(block, layout):                          # 
     expected = plain(x)
     fused = nn.Sequential(plain)
     fuse(fused, torch.float32)
-    for _ in range(2):                                                        # the second call has its weights packed
+    for threads in (1, 1, 2, 1):     # packed at the first call, and for another number: else f32 is half as fast
+        torch.set_num_threads(threads)
         assert error(fused(x.clone(memory_format=layout)), expected) < 1e-5
+        assert all(layer.packed[1] == threads for layer in fused.modules() if isinstance(layer, convolutions.FusedConv))
     assert error(fused(x[:1, :, :6, :4].contiguous()), block_of(fused, x)) < 1e-5
 
 
