@@ -26,7 +26,7 @@ from medficient_mini.inference.npz import list_cases, read_case, read_labels
 from medficient_mini.inference.origin import digest, made_with, what_changed
 from medficient_mini.inference.predictor import segment_image
 from medficient_mini.inference.volume import PROPAGATIONS, segment_volume
-from medficient_mini.machine import Load, ahead, place_among_processes, workers_on
+from medficient_mini.machine import Load, ahead, place_among_processes, share_heap, workers_on
 from medficient_mini.show.progress import ProgressBar
 from medficient_mini.userfiles.pick import pick, require_display
 from medficient_mini.userfiles.pictures import stem_of
@@ -217,6 +217,7 @@ def run(arguments) -> int:
 def main(argv=None) -> int:
     """Do what the command line says and return the exit status: 1 if a case or all failed, 130 if interrupted."""
     show_any_name()
+    share_heap()
     arguments = parse_arguments(argv)
     try:
         if arguments.threads is not None:

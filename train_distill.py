@@ -34,8 +34,8 @@ def parse_arguments(argv=None):
     add("--init", str, "start from this checkpoint's image encoder, e.g. of a run at a smaller --size")
     add("--teacher", "lite_medsam", "checkpoint of any of the five networks, also of its encoder alone, or lite_medsam; "
         "the paper's is MedSAM's medsam_vit_b.pth")
-    add("--embeddings", str, "keep the teacher's answers in this folder (float16, 2 MB each) and ask it for none twice, "
-        "flipped images included; those that are otherwise augmented are always new to it")
+    add("--embeddings", str, "keep the teacher's answers in this folder (float16, 8 MB a slice with its flips) and ask it "
+        "for none twice; those that are otherwise augmented are always new to it")
     add("--no-flips", True, "no random flips", dest="flips")
     add("--augment", False, "also random shift, scale and rotation")
     add("--start-from-statistics", False, "the student's last norm starts from the teacher's mean and deviation")
@@ -154,6 +154,7 @@ def train(arguments, world):
     if arguments.embeddings:
         digest = hashlib.sha256(resolve(arguments.teacher).read_bytes()).hexdigest()
         dataset.embeddings = validation.embeddings = Path(arguments.embeddings, digest[:16])    # one folder per teacher
+        dataset.embeddings.mkdir(parents=True, exist_ok=True)
     if arguments.resume:
         statistics = read_last(arguments.out)["extra"]
     else:

@@ -60,7 +60,6 @@ def ahead(function, items, workers: int):
     """
     waiting, threads = deque(), torch.get_num_threads()
     shares = (max(1, threads // workers),)
-    _glibc("mallopt", -8, 1)             # M_ARENA_MAX: of heaps of their own, each would keep the most it ever held
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=shares) as pool:
             for item in items:
@@ -79,6 +78,11 @@ def native_bf16() -> bool:
         return True
     flags = Path("/proc/cpuinfo")
     return flags.exists() and re.search("^Features.* bf16", flags.read_text(), re.MULTILINE) is not None      # on Arm
+
+
+def share_heap() -> None:
+    """Let all threads of this program take memory from one heap: of their own ones each keeps the most it ever held."""
+    _glibc("mallopt", -8, 1)                                     # M_ARENA_MAX
 
 
 def keep_memory() -> None:

@@ -1,8 +1,9 @@
 """The convolutions of an image encoder as single oneDNN calls, put in the place of the plain layers.
 
-Convolution, batch norm and GELU become one call with weights packed once, and a block's sum with its input is made
-inside its last convolution. Encoders keep their own forward passes but for LiteMLA and Neck, which are written anew:
-who changes those in nets/efficientvit.py changes them here. Maps are channels-last: a pixel's channels lie together.
+Convolution, batch norm and GELU become one call with packed weights (without AVX-512 GELU follows it in float32), and a
+block's sum with its input is made inside its last convolution. Encoders keep their own forward passes but for LiteMLA
+and Neck, which are written anew: who changes those in nets/efficientvit.py changes them here. Maps are channels-last: a
+pixel's channels lie together.
 """
 import math
 

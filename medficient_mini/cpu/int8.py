@@ -23,8 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..files import first_line
-from ..inference.checkpoint import atomic_torch_save, load_model
+from ..files import first_line, whole_file
+from ..inference.checkpoint import load_model
 from ..inference.geometry import to_network
 from ..inference.npz import list_cases, modality_of, read_case
 from ..inference.packing import pack_state, quantize_rows
@@ -205,8 +205,10 @@ def main(argv=None) -> int:
         if not isinstance(model.image_encoder, EfficientViTSam):
             raise ValueError(f"{arguments.weights}: int8: expected an EfficientViT network, found {model.name}")
         inputs = network_inputs(arguments.input, arguments.count, model.image_size)
-        atomic_torch_save({"network": model.name, "model": pack_state(model.state_dict()),
-                           "calibration": calibrate(model.image_encoder, inputs)}, arguments.output)
+        content = {"network": model.name, "model": pack_state(model.state_dict()),
+                   "calibration": calibrate(model.image_encoder, inputs)}
+        with whole_file(arguments.output) as temporary:
+            torch.save(content, temporary)
     except (ValueError, OSError) as error:
         print(first_line(error), file=sys.stderr)
         return 1

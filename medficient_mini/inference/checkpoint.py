@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..files import first_line, stray_kind, whole_file
+from ..files import first_line, stray_kind
 from ..machine import return_memory
 from ..nets.sam import NETWORKS, build_sam
 from .packing import State, expand_state
@@ -194,9 +194,3 @@ def load_model(weights: str | Path | None = None, decoder_weights: str | Path | 
         model = to_fast(model, resolve_precision(precision))
     return_memory()
     return model
-
-
-def atomic_torch_save(content: dict, path) -> None:
-    """Save with `torch.save`, whole or not at all: a killed run leaves the old file."""
-    with whole_file(path) as temporary:
-        torch.save(content, temporary)

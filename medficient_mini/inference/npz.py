@@ -52,9 +52,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Header:
-    """One case as its file's headers describe it: `name` without ending, `shape` of `imgs` with its channels."""
+    """One case as its file's headers describe it; `shape` is that of `imgs`, with its channels."""
     path: Path
-    name: str
     modality: str
     shape: tuple
     is_3d: bool
@@ -197,7 +196,7 @@ def _describe(path: Path, arrays: dict[str, _Array], labels: str) -> Header:
         raise FieldError(f"{pixels.name}: expected shape {wanted}, found {shape}")
     if pixels.name == "imgs" and pixels.dtype.kind not in "iuf":
         raise FieldError(f"imgs: expected uint8 or numbers within 0-255, found {pixels.dtype}")
-    header = Header(path, path.stem, modality_of(path), shape, is_3d, "gts" in arrays)
+    header = Header(path, modality_of(path), shape, is_3d, "gts" in arrays)
     if targets and targets.dtype.kind not in "iub":
         raise FieldError(f"{labels}: expected integer labels, found {targets.dtype}")
     # An image's labels may have a last axis of one, as images may.

@@ -1,5 +1,4 @@
 """What both stages compute of a batch: masks from valid boxes, losses (in float32), Dice coefficient of validation."""
-import torch
 import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss
 

@@ -4,7 +4,7 @@ Everything random about a sample follows from (seed, epoch, position in the epoc
 """
 import os
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,9 +38,9 @@ def embedding_path(folder, case, z, flip=(False, False)):
 
 
 def save_embedding(path, embedding):
-    """Write an embedding (256, 64, 64) as float16, 2 MB, and return what `load_embedding` will."""
+    """Write an embedding (256, 64, 64) as float16, 2 MB, where there is room; return what `load_embedding` will."""
     embedding = embedding.half()
-    with writing(path) as temporary:
+    with suppress(OSError), whole_file(path) as temporary:                     # a full disk costs speed, not the run
         np.save(temporary, embedding.numpy(force=True))
     return embedding
 

@@ -223,9 +223,9 @@ class Trainer:
     def _load(self):
         saved = read_last(self.folder)
         for key, value in saved["run"].items():
-            if key not in MAY_CHANGE_ON_RESUME and self.run.get(key) != value:
+            if key not in MAY_CHANGE_ON_RESUME and self.run.get(key, value) != value:      # or an option is gone
                 raise ValueError(f"{self.folder / 'last.pt'}: --resume: {key.replace('_', '-')}: expected {value} as "
-                                 f"at the first start, found {self.run.get(key)}")
+                                 f"at the first start, found {self.run[key]}")
         self.task.model.load_state_dict(saved["raw"])
         if self.ema:
             self.ema.load_state_dict(saved["ema"])

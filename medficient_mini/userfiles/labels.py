@@ -13,7 +13,7 @@ MOST_VALUES = 32                     # more grey values or colours are no labels
 
 
 def load_label_picture(path: Path) -> tuple[np.ndarray, list[str]]:
-    """Read a mask picture as uint16 labels (H, W), 0 the background, and say whether it was turned.
+    """Read a mask picture as uint16 labels (H, W), 0 the background, and lines on what was decided.
 
     Of a palette PNG the indices are the labels, of others the grey values or colours (see `labels_of`). ValueError if
     the file is damaged, transparent, a JPEG of more than black and white or of another format with a palette, or its
@@ -22,6 +22,7 @@ def load_label_picture(path: Path) -> tuple[np.ndarray, list[str]]:
     name, data = path.name, path.read_bytes()
     palette = data.startswith(b"\x89PNG") and data[25:26] == b"\3"            # the colour type
     pixels, turned = decode(with_colour_type(data, 0) if palette else data, name)
+    lines = [f"{name}: gts: {TURNED}"] * turned
     if palette:
         labels = pixels[..., 0] // (255 // (2 ** data[24] - 1))       # few bits are spread to 0–255
     elif data.startswith(b"\xff\xd8\xff"):                            # a JPEG's values are not those that were saved
@@ -31,6 +32,7 @@ def load_label_picture(path: Path) -> tuple[np.ndarray, list[str]]:
             raise ValueError(f"{name}: gts: expected a mask as PNG, TIFF or BMP, found a JPEG of more than black and "
                              "white")
         labels = grey > 127
+        lines.append(f"{name}: gts: a black and white JPEG, cut at 128")
     else:
         fields, is_bmp = tiff_fields(data), data.startswith(b"BM")
         has_palette = fields.get(PHOTOMETRIC) == PALETTE or is_bmp and data[28] <= 8
@@ -41,7 +43,7 @@ def load_label_picture(path: Path) -> tuple[np.ndarray, list[str]]:
         if np.ptp(whole[..., 3:]) if whole.shape[2] == 4 else dropped:
             raise ValueError(f"{name}: gts: expected an opaque mask, found transparency")
         labels = labels_of(pixels, name)
-    return labels.astype(np.uint16), [f"{name}: gts: {TURNED}"] * turned
+    return labels.astype(np.uint16), lines
 
 
 def labels_of(pixels: np.ndarray, name: str) -> np.ndarray:

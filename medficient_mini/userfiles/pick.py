@@ -23,7 +23,7 @@ LONGEST, SHORTEST = 900, 512         # the longest side of a picture on the scre
 STRIP = 44                           # height of the two lines under the picture
 KEPT = 64                            # embeddings of slices, 4 MB each
 HELP = "drag: box   u undo   s save   q quit"
-HELP_3D = "n p: next, previous slice   f l: newest box's first, last slice"
+HELP_3D = "n p: next, previous   f l: newest box's ends"
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Picker:
 
     def mouse(self, event: int, x: int, y: int, *_) -> None:
         """Follow the mouse: OpenCV's callback, where x, y are pixels of the window."""
-        place = np.clip(np.array([x, y]) / self.scale - 0.5, 0, np.array(self.size[::-1]) - 1)
+        place = np.clip(np.divide([x, y], self.scale) - 0.5, 0, np.subtract(self.size[::-1], 1))
         if event == cv2.EVENT_LBUTTONDOWN:
             self.start = place
         if self.start is None:
@@ -97,16 +97,16 @@ class Picker:
         boxes = [drawn.box if drawn.first <= self.z <= drawn.last else [np.nan] * 4 for drawn in self.objects]
         boxes = np.reshape(boxes + self.dragged, (-1, 4))
         picture = panel(self.slices[self.z], self.labels(), boxes, self.scale, fill=0.35)
-        right = max(SHORTEST - picture.shape[1], 0)
-        canvas = cv2.copyMakeBorder(picture, 0, STRIP, 0, right, cv2.BORDER_CONSTANT)
+        canvas = cv2.copyMakeBorder(picture, 0, STRIP, 0, max(SHORTEST - picture.shape[1], 0), cv2.BORDER_CONSTANT)
         write(canvas, HELP, 6, len(picture) + 17, 0.4)
         if self.case.is_3d:
-            write(canvas, f"slice {self.z} of 0-{len(self.slices) - 1}   {HELP_3D}", 6, len(picture) + 36, 0.4)
+            ends = "".join(f" {drawn.first}-{drawn.last}" for drawn in self.objects[-1:])
+            write(canvas, f"slice {self.z} of 0-{len(self.slices) - 1}   {HELP_3D}{ends}", 6, len(picture) + 36, 0.4)
         return canvas
 
     def finish(self) -> None:
         """Put the boxes into the case, and the slices they were drawn on."""
-        boxes = np.array([[*drawn.box, drawn.first, drawn.last] for drawn in self.objects]).reshape(-1, 6)
+        boxes = np.reshape([[*drawn.box, drawn.first, drawn.last] for drawn in self.objects], (-1, 6))
         self.case.boxes = boxes[:, [0, 1, 4, 2, 3, 5]] if self.case.is_3d else boxes[:, :4]
         self.case.drawn_slice = np.array([drawn.z for drawn in self.objects], int)
 

@@ -72,8 +72,9 @@ def to_uint8(array: np.ndarray, low: float, high: float) -> np.ndarray:
     """Map numbers of any type and shape to uint8: low and below to 0, high and above to 255, NaN to 0."""
     if (array.dtype, low, high) == (np.uint8, 0, 255):
         return array
-    # In float32 numbers far from zero would lose their differences.
-    scaled = (array.astype(np.float64) - low) * 255 / ((high - low) or 1.0)
+    # 8 and 16 bits are exact in float32. Larger numbers far from zero would lose their differences there.
+    kind = np.float32 if array.itemsize <= 2 else np.float64
+    scaled = (array.astype(kind) - low) * 255 / ((high - low) or 1.0)
     return np.nan_to_num(scaled.clip(0, 255) + 0.5, nan=0.0).astype(np.uint8)
 
 
@@ -118,12 +119,12 @@ def tiff_fields(data: bytes) -> dict[int, int]:
 
 
 def pages_of(data: bytes, flags: int = 0) -> tuple[np.ndarray, ...]:
-    """Decode a file's pages, none if damaged: what is written on stderr is the JPEG library's only sign of it."""
+    """Decode a file's pages, none if damaged, whose only sign is what the JPEG library writes, or of a BigTIFF."""
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)        # our one line instead of its several
     pages, flags = (), flags | cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH
     with hushed() as written, suppress(cv2.error):
         _, pages = cv2.imdecodemulti(np.frombuffer(data, np.uint8), flags)
-    return () if b"Corrupt JPEG" in written[0] else pages
+    return () if b"Corrupt JPEG" in written[0] or data[:4] in (b"II+\0", b"MM\0+") else pages
 
 
 @contextmanager

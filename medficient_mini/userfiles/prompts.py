@@ -160,8 +160,8 @@ def segment_points(model, case: Case) -> Composition:
     """Segment the one object that a case's points describe, and its box if it has one."""
     predictor = Predictor(model)
     predictor.set_image(case.image)
-    box = case.boxes[0] if len(case.boxes) else None
-    masks, _, _ = predictor.predict(case.points, case.point_labels, box, multimask_output=False)
+    box = next(iter(case.boxes), None)
+    (mask,), *_ = predictor.predict(case.points, case.point_labels, box, multimask_output=False)
     found = Composition(case.shape, 1)
-    found.claim(0, (), masks[0], masks[0])
+    found.claim(0, (), mask, mask)
     return found

@@ -2,6 +2,7 @@
 import csv
 from pathlib import Path
 
+import cv2
 import numpy as np
 
 from ..files import first_line
@@ -12,6 +13,7 @@ from .pictures import is_picture, save_label_picture, stem_of
 from .volumes import META, NIFTI, save_labels
 
 FIELDS = ("boxes", "points", "point_labels", "intensity", "spacing")
+POINT_COLOURS = (230, 0, 0), (0, 200, 0)         # beside the object, on it
 
 
 def mask_file(name, arguments) -> Path:
@@ -22,14 +24,16 @@ def mask_file(name, arguments) -> Path:
 
 
 def show(case: Case, labels: np.ndarray, arguments) -> None:
-    """Write the picture of a case, masks, boxes and points, as small ones: of an NPZ case only with --overlay."""
-    if not (arguments.own_files or arguments.overlay):
-        return
-    draw = contact_sheet if case.is_3d else overlay
-    boxes = case.boxes if case.points is None else np.vstack([case.boxes, np.tile(case.points, 2)])
-    picture = draw(case.volume if case.is_3d else case.image, labels, boxes)
-    name = stem_of(case.name) + "_overlay" * arguments.own_files
-    save_png((arguments.overlay or arguments.output) / f"{name}.png", picture)
+    """Write the picture of a case, masks, boxes and points: of an NPZ case only with --overlay."""
+    if arguments.own_files or arguments.overlay:
+        draw = contact_sheet if case.is_3d else overlay
+        picture = draw(case.volume if case.is_3d else case.image, labels, case.boxes)
+        if case.points is not None:
+            centres = ((case.points + 0.5) * (len(picture) / len(case.image))).astype(int).tolist()
+            for centre, label in zip(centres, case.point_labels):
+                cv2.circle(picture, centre, 6, POINT_COLOURS[label], -1)
+        name = stem_of(case.name) + "_overlay" * arguments.own_files
+        save_png((arguments.overlay or arguments.output) / f"{name}.png", picture)
 
 
 def write(case: Case, found: Composition, arguments, origin: str, seconds: float):
@@ -50,11 +54,11 @@ def write(case: Case, found: Composition, arguments, origin: str, seconds: float
         fields |= {"bits": found.bits} if case.is_3d else {"masks": found.masks()}
     write_segs(arguments.output / f"{stem_of(case.name)}.npz", found.labels, **fields)
     table = arguments.output / "efficiency.csv"
-    heading = [] if table.exists() else [("case", "seconds", "lost")]    # twice at worst: readers skip it
+    heading = [("case", "seconds", "lost")] * (not table.exists())      # twice at worst: readers skip it
     try:
-        show(case, found.labels, arguments)
         with open(table, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
             csv.writer(file).writerows([*heading, (case.name, f"{seconds:.3f}", "; ".join(lost))])
+        show(case, found.labels, arguments)
     except Exception as error:                           # the masks are there
-        fault = [f"overlay, efficiency.csv: {first_line(error)}"]
+        fault = [f"efficiency.csv, overlay: {first_line(error)}"]
     return lost, fault

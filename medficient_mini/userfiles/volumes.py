@@ -217,8 +217,9 @@ def load_volume(path, axis: str = "axial", window: tuple[float, float] | None = 
     """
     voxels, affine, header = _open(Path(path), series)
     grid = grid_of(voxels.shape, affine, axis, header)
-    sample = np.asarray(voxels[..., ::-(-math.prod(grid.shape) // SAMPLE)])             # every so many slabs
-    low, high, text = intensity_range(sample, window)
+    step = -(-math.prod(grid.shape) // SAMPLE)
+    sample = [np.asarray(voxels[..., k]).ravel()[k % step::step].copy() for k in range(grid.shape[2])]
+    low, high, text = intensity_range(np.concatenate(sample), window)
     return grid.to_slices(voxels, np.uint8, lambda slab: to_uint8(slab, low, high)), grid, text
 
 

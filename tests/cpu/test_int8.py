@@ -10,7 +10,6 @@ from medficient_mini.cpu import fast
 from medficient_mini.cpu.convolutions import fold
 from medficient_mini.cpu.int8 import (LOWEST, Observer, QuantizedBlock, QuantizedConv, calibrate,
                                       gelu_table, main, network_inputs, scale_of)
-from medficient_mini.inference.checkpoint import atomic_torch_save
 from medficient_mini.inference.packing import expand_state, pack_state, quantize_rows
 from medficient_mini.nets.efficientvit import ConvLayer, FusedMBConv, MBConv, Residual
 from medficient_mini.nets.sam import build_sam
@@ -219,7 +218,7 @@ def test_cases_are_dealt_over_the_modalities(tmp_path, monkeypatch):
 
 def test_command(l0, tmp_path, capsys, monkeypatch):
     write_case(tmp_path / "3D_CT_a_0.npz", np.full((5, 20, 30), 90, np.uint8))
-    atomic_torch_save({"network": l0.name, "model": l0.state_dict()}, tmp_path / "w.pth")
+    torch.save({"network": l0.name, "model": l0.state_dict()}, tmp_path / "w.pth")
     monkeypatch.setattr("medficient_mini.cpu.int8.to_network", lambda image, size: torch.rand(3, 64, 64))
     arguments = ["-w", str(tmp_path / "w.pth"), "-i", str(tmp_path), "-o", str(tmp_path / "w8.pth")]
     assert main(arguments) == 0, capsys.readouterr().err

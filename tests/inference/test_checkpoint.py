@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from medficient_mini.inference import checkpoint
-from medficient_mini.inference.checkpoint import atomic_torch_save, load_model, load_state, read_torch
+from medficient_mini.inference.checkpoint import load_model, load_state, read_torch
 from medficient_mini.nets.sam import build_sam
 
 LITE = Path(__file__).resolve().parents[3] / "shared" / "weights" / "lite_medsam.pth"
@@ -196,14 +196,6 @@ def test_a_file_cut_short_and_an_absent_one(lite_file, tmp_path):
     assert "cut.pth" in error_of(load_model, tmp_path / "cut.pth")
     assert "absent.pth" in error_of(load_model, tmp_path / "absent.pth")
     assert "No such file" in error_of(read_torch, tmp_path / "absent.pth")
-
-
-def test_saving_leaves_the_old_file_whole_when_it_fails(tmp_path):
-    atomic_torch_save({"a": torch.ones(2)}, tmp_path / "w.pth")
-    with pytest.raises(Exception):
-        atomic_torch_save({"a": lambda: 0}, tmp_path / "w.pth")
-    assert torch.equal(read_torch(tmp_path / "w.pth")["a"], torch.ones(2))
-    assert [p.name for p in tmp_path.iterdir()] == ["w.pth"]
 
 
 # ----------------------------------------------------------------------------------------------------- which file

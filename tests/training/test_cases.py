@@ -18,7 +18,7 @@ from medficient_mini.training.volume_cache import SliceCache
 
 
 def headers(*names):
-    return [Header(Path(f"/x/{name}.npz"), name, name.split("_")[1], (8, 8), False, True) for name in names]
+    return [Header(Path(f"/x/{name}.npz"), name.split("_")[1], (8, 8), False, True) for name in names]
 
 
 def test_scan_takes_what_inference_takes(tmp_path):                            # fault 7
@@ -27,10 +27,10 @@ def test_scan_takes_what_inference_takes(tmp_path):                            #
     for name, imgs in (("16", np.ones((40, 60, 3), np.uint16)), ("float", np.ones((40, 60))),
                        ("rgba", np.ones((40, 60, 4), np.uint8)), ("one", np.ones((40, 60, 1), np.uint8))):
         write_2d(tmp_path, f"2D_US_{name}", imgs=imgs)
-    cases = {case.name: case for case in scan_cases(tmp_path)}
+    cases = {case.path.stem: case for case in scan_cases(tmp_path)}
     assert len(cases) == 6 and cases["3D_CT_a"].is_3d and not cases["2DBox_OCT_b"].has_gts
     assert cases["2DBox_OCT_b"].modality == "OCT" and cases["3D_CT_a"].shape == (6, 24, 30)
-    assert "2DBox_OCT_b" not in {case.name for case in scan_cases(tmp_path, need_masks=True)}
+    assert "2DBox_OCT_b" not in {case.path.stem for case in scan_cases(tmp_path, need_masks=True)}
     cache = SliceCache(tmp_path / "cache", 10)
     assert all(cache.image_and_labels(case)[0].dtype == np.uint8 for case in cases.values())
     write_2d(tmp_path / "only", "2D_US_x", gts=None)
@@ -47,7 +47,7 @@ def test_bad_files_cost_one_line_each(tmp_path, capsys):
     np.lib.format.write_array_header_1_0(huge, {"descr": "|u1", "fortran_order": False, "shape": (10 ** 7, 10 ** 6)})
     with zipfile.ZipFile(tmp_path / "2D_US_huge.npz", "w") as archive:         # fault 8
         archive.writestr("imgs.npy", huge.getvalue() + bytes(100))
-    assert [case.name for case in scan_cases(tmp_path)] == ["2D_US_good"]
+    assert [case.path.stem for case in scan_cases(tmp_path)] == ["2D_US_good"]
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("checking")]
     assert sorted(line.split(": ")[0][6:-4] for line in lines) == ["huge", "none", "shape", "text"]
     assert [line for line in lines if "huge" in line][0].startswith("2D_US_huge.npz: imgs: expected the 10,000,000,000")
@@ -58,9 +58,9 @@ def test_split_is_by_patient_and_deterministic():
                     *[f"2D_US_BUSI_benign{i:03}" for i in range(50)],
                     *[f"3D_{m}_STS_{i:03}" for m in ("CT", "PET") for i in range(10)])
     train, val = split_cases(cases, 0.2, seed=3)
-    assert sorted(case.name for case in train + val) == sorted(case.name for case in cases)
-    assert not {patient_of(case.name) for case in train} & {patient_of(case.name) for case in val}
-    patients = Counter(name.split("_")[1] for name in {case.name.split("-")[0] for case in val})
+    assert sorted(case.path.stem for case in train + val) == sorted(case.path.stem for case in cases)
+    assert not {patient_of(case.path.stem) for case in train} & {patient_of(case.path.stem) for case in val}
+    patients = Counter(name.split("_")[1] for name in {case.path.stem.split("-")[0] for case in val})
     assert patients["CT"] == 6 and patients["US"] == 10 and 2 <= patients["PET"] <= 6
     assert split_cases(cases, 0.2, seed=3) == [train, val] != split_cases(cases, 0.2, seed=4)
 
@@ -80,7 +80,7 @@ def test_every_modality_of_two_patients_is_on_both_sides(fraction):            #
     ("P{}_slice{:02}", None), ("case{}_z{:03}", None), ("1000{}_{}", None), ("2D_US_patient{}-slice_{:02}", None),
     ("scan_{1}_of_{0}", r"of_(\d+)")])
 def test_slices_of_a_patient_stay_on_one_side(names, pattern):
-    cases = [Header(Path(f"/x/{name}.npz"), name, "US", (8, 8), False, True)
+    cases = [Header(Path(f"/x/{name}.npz"), "US", (8, 8), False, True)
              for name in (names.format(patient, z) for patient in range(4) for z in range(40, 45))]
     sides = split_cases(cases, 0.25, 0, pattern)
     assert [len(side) for side in sides] == [15, 5] and describe_patients(cases, pattern) == "4 patients in 20 cases"

@@ -42,7 +42,7 @@ def test_a_copy_is_found_again_and_a_change_is_noticed(case, tmp_path, monkeypat
         sent = pickle.dumps(after)                                           # a worker opens its own maps
         assert len(sent) < 500 and np.array_equal(pickle.loads(sent).image_and_labels(copy, 2)[0], old)
     key = file_key(case.path)
-    write_3d(tmp_path / "npz", case.name, gts=np.roll(LABELS_3D, 2, axis=0))
+    write_3d(tmp_path / "npz", case.path.stem, gts=np.roll(LABELS_3D, 2, axis=0))
     assert file_key(case.path) != key and SliceCache(tmp_path / "cache", 10).objects(case)[0] == [3, 4, 5]
 
 

@@ -196,7 +196,10 @@ def test_bad_pictures_are_one_line(tmp_path, capfd):
     pil = pytest.importorskip("PIL.Image")
     pil.fromarray(GREY).save(tmp_path / "pages.tif", save_all=True, append_images=[pil.fromarray(GREY)])
     fails(tmp_path / "pages.tif", "one PNG, JPEG, TIFF or BMP picture, found 2 pages")
-    big = b"II+\0" + struct.pack("<HHQ", 8, 0, 16) + bytes(99)
+    fields = {256: 8, 257: 8, 258: 8, 259: 1, 262: 1, 273: 212, 277: 1, 278: 8, 279: 64}
+    big = struct.pack("<4sHHQQ", b"II+\0", 8, 0, 16, len(fields))
+    big += b"".join(struct.pack("<HHQQ", tag, 4, 1, value) for tag, value in fields.items()) + bytes(8 + 64)
+    assert cv2.imdecode(np.frombuffer(big, np.uint8), cv2.IMREAD_UNCHANGED).shape == (8, 8)
     (tmp_path / "big.tif").write_bytes(big)
     fails(tmp_path / "big.tif", "damaged or other data")                        # fault 28
     assert capfd.readouterr().err == ""                                         # fault 41

@@ -131,6 +131,14 @@ def test_intensities_of_volumes(tmp_path, suffix, dtype):
     assert (volume == to_uint8(data, -160, 240).transpose(2, 1, 0)).all() and "level 40" in text
 
 
+def test_every_slab_has_a_part_in_the_percentiles(tmp_path, monkeypatch):
+    monkeypatch.setattr(volumes, "SAMPLE", 100)
+    data = RNG.integers(1, 500, (8, 9, 3)).astype(np.int16)
+    data[..., 0] = 0
+    low, high = map(float, load_volume(save(tmp_path / "a.nii", data))[2].split(": ")[1].split(" to "))
+    assert low < 50 and high > 450
+
+
 def test_differences_far_from_zero_stay(tmp_path):                              # fault 28
     small = RNG.integers(1, 100, (8, 9, 10)).astype(np.float64)
     volume, _, _ = load_volume(save(tmp_path / "a.nii", 1e8 + small))
