@@ -19,7 +19,7 @@ import torch
 
 from medficient_mini.cpu.fast import PRECISIONS
 from medficient_mini.files import first_line
-from medficient_mini.inference.checkpoint import DEFAULT, load_model, resolve
+from medficient_mini.inference.checkpoint import load_model, resolve
 from medficient_mini.inference.compose import OVERLAPS
 from medficient_mini.inference.names import show_any_name
 from medficient_mini.inference.npz import list_cases, read_case, read_labels
@@ -45,7 +45,8 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("-i", "--input", required=True, type=Path, help="NPZ cases, pictures or volumes: a folder, or one file")
     add("-o", "--output", required=True, type=Path, help="folder for the masks")
-    add("--weights", help="checkpoint file, or lite_medsam (default: the package's own weights)")
+    add("--weights", default="l1",
+        help="checkpoint file, lite_medsam, or of the package's own l1 (default) or the faster l0")
     add("--decoder-weights", help="checkpoint whose prompt encoder and decoder join a bare encoder")
     add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 where the CPU has it, else f32; int8 needs "
         "the default weights or a file of medficient_mini.cpu.int8")
@@ -168,7 +169,7 @@ def run(arguments) -> int:
     if world > 1 or {"RANK", "WORLD_SIZE"} & os.environ.keys():
         print(f"part {rank + 1}/{world}: {len(paths)} of {len(cases)} cases")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    weights = [path and digest([resolve(path)]) for path in (arguments.weights or DEFAULT, arguments.decoder_weights)]
+    weights = [path and digest([resolve(path)]) for path in (arguments.weights, arguments.decoder_weights)]
     decisive = {"weights": weights, **{name: getattr(arguments, name) for name in DECISIVE}}
     for line in wrong:
         print(line, file=sys.stderr)

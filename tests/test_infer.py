@@ -243,14 +243,15 @@ def test_results_below_the_input_are_no_cases(cases, run):
     assert "0 segmented, 3 skipped" in run("-i", cases, "-o", cases / "out", "--overlay", cases / "pictures")[0]
 
 
-def test_the_default_weights_find_the_demo_objects(tmp_path, one_thread):
-    """The shipped weights, through the whole way, against the truth in the demo cases; of the volume 3 slices."""
+@pytest.mark.parametrize("weights", ["l1", "l0"])
+def test_the_shipped_weights_find_the_demo_objects(tmp_path, one_thread, weights):
+    """The package's own weights, through the whole way, against the truth in the demo cases; of the volume 3 slices."""
     shutil.copytree(DEMO, tmp_path / "in", ignore=shutil.ignore_patterns("3D*"))
     with np.load(DEMO / "3D_CT_demo.npz") as whole:
         boxes = whole["boxes"].copy()
         boxes[:, [2, 5]] = np.clip(boxes[:, [2, 5]].astype(int) - 9, 0, 2)
         np.savez(tmp_path / "in" / "3D_CT_demo.npz", imgs=whole["imgs"][9:12], gts=whole["gts"][9:12], boxes=boxes)
-    assert infer.main(["-i", str(tmp_path / "in"), "-o", str(tmp_path / "out")]) == 0
+    assert infer.main(["-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--weights", weights]) == 0
     for path in (tmp_path / "in").glob("*.npz"):
         truth, segs = stored(path, "gts"), stored(tmp_path / "out" / path.name)
         for label in np.unique(truth[truth > 0]):

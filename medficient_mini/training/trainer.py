@@ -18,6 +18,7 @@ import math
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -27,13 +28,13 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from ..files import first_line
+from ..files import first_line, whole_file
 from ..inference.checkpoint import read_torch
 from ..show.draw import curves
 from ..show.progress import ProgressBar
 from .cases import balance_weights
 from .optim import AdamW, learning_rate, moving_average
-from .samples import EpochSampler, make_loader, writing
+from .samples import EpochSampler, make_loader
 
 # All other options stay.
 MAY_CHANGE_ON_RESUME = ("resume out minutes steps epochs workers threads save_minutes log_steps device amp cache "
@@ -233,6 +234,17 @@ class Trainer:
         torch.set_rng_state(saved["torch_random"])
         vars(self.state).update(saved["state"])
         say(f"resuming at step {self.state.step} of {self.steps}")
+
+
+@contextmanager
+def writing(path):
+    """Do as `whole_file` and turn its failure into one line, a ValueError, that names the file and the way on."""
+    try:
+        with whole_file(path) as temporary:
+            yield temporary
+    except (OSError, RuntimeError) as error:                                   # torch's word for a full disk
+        raise ValueError(f"{path}: could not be written ({first_line(error)}); the one before is intact. Make room, "
+                         "then the same command goes on, a run that has trained with --resume") from None
 
 
 def read_last(folder):

@@ -211,7 +211,7 @@ def test_lite_medsam_is_found_without_importing_its_package(tmp_path, monkeypatc
     monkeypatch.setattr(checkpoint, "LITE_MEDSAM_SHA256", hashlib.sha256(b"weights").hexdigest())
     assert checkpoint.resolve("lite_medsam") == package / "asset" / "lite_medsam.pth"
     # Fault 13: where the package's own weights are missing, no other network runs in their place.
-    monkeypatch.setattr(checkpoint, "DEFAULT", tmp_path / "medficientsam_l1.pth")
+    monkeypatch.setitem(checkpoint.SHIPPED, "l1", tmp_path / "medficientsam_l1.pth")
     assert str(tmp_path / "medficientsam_l1.pth") in error_of(load_model)
 
 
