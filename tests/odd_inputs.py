@@ -82,7 +82,7 @@ def changed(array, where, value):
 
 def right_cases():
     """{file name: arrays} of what every script accepts."""
-    grey, gts = image()["imgs"], image()["gts"]
+    grey, boxes, gts = image()["imgs"], image()["boxes"], image()["gts"]
     colour = np.stack([grey, grey // 2, 255 - grey], -1)
     return {
         "2D_CT_grey.npz": image(),
@@ -158,7 +158,7 @@ def wrong_headers():
 
 def wrong_numbers():
     """{file name: arrays or bytes} of what is refused once the numbers are read; the name says which field it is."""
-    grey, gts = image()["imgs"], image()["gts"]
+    grey, boxes, gts = image()["imgs"], image()["boxes"], image()["gts"]
     return {
         "2D_CT_imgs-nan.npz": image(imgs=changed(grey.astype(np.float32), (3, 4), np.nan)),
         "2D_CT_imgs-infinite.npz": image(imgs=changed(grey.astype(np.float32), (3, 4), np.inf)),

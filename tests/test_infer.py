@@ -210,7 +210,7 @@ def test_options_reach_the_network(cases, tmp_path, run, monkeypatch):
     run("-i", cases / "3D_CT_c.npz", "-o", tmp_path / "out", "--z-exclusive", "--propagation", "published",
         "--overlap", "later", "--precision", "f32", "--device", "cuda", "--threads", 1)
     assert seen == [([2], "sections", "inside"), ([1], "published", "later")]
-    assert run.loaded == [(None, None, "cpu", "auto"), (None, None, "cuda", "f32")]
+    assert run.loaded == [("l1", None, "cpu", "auto"), ("l1", None, "cuda", "f32")]
 
 
 @pytest.mark.parametrize("words, expected", [
@@ -307,6 +307,7 @@ def test_decoration_costs_no_masks(cases, tmp_path, run, wrong):  # fault 9
     assert "1 segmented, 0 skipped as finished, 0 failed" in out and stored(tmp_path / "out" / "2D_US_a.npz").any()
     assert len(err) == 1 and err[0].startswith("2D_US_a.npz: ") and wrong in err[0]
     assert (tmp_path / "pictures" / "2D_US_a.png").exists() == (wrong != "overlay")
+    assert (tmp_path / "out" / "efficiency.csv").is_file() == (wrong == "overlay")
 
 
 def test_a_case_that_fails_now_says_that_its_masks_are_old(cases, tmp_path, run):

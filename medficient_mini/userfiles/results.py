@@ -12,7 +12,7 @@ from ..show.draw import contact_sheet, overlay, save_png
 from .pictures import is_picture, save_label_picture, stem_of
 from .volumes import META, NIFTI, save_labels
 
-FIELDS = ("boxes", "points", "point_labels", "intensity", "spacing")
+FIELDS = "boxes points point_labels intensity spacing".split()
 POINT_COLOURS = (230, 0, 0), (0, 200, 0)         # beside the object, on it
 
 
@@ -29,7 +29,7 @@ def show(case: Case, labels: np.ndarray, arguments) -> None:
         draw = contact_sheet if case.is_3d else overlay
         picture = draw(case.volume if case.is_3d else case.image, labels, case.boxes)
         if case.points is not None:
-            centres = ((case.points + 0.5) * (len(picture) / len(case.image))).astype(int).tolist()
+            centres = ((case.points + 0.5) * len(picture) / len(case.image)).astype(int).tolist()
             for centre, label in zip(centres, case.point_labels):
                 cv2.circle(picture, centre, 6, POINT_COLOURS[label], -1)
         name = stem_of(case.name) + "_overlay" * arguments.own_files
@@ -56,9 +56,11 @@ def write(case: Case, found: Composition, arguments, origin: str, seconds: float
     table = arguments.output / "efficiency.csv"
     heading = [("case", "seconds", "lost")] * (not table.exists())      # twice at worst: readers skip it
     try:
-        with open(table, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            csv.writer(file).writerows([*heading, (case.name, f"{seconds:.3f}", "; ".join(lost))])
-        show(case, found.labels, arguments)
+        try:
+            show(case, found.labels, arguments)
+        finally:                                         # neither costs the other
+            with open(table, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                csv.writer(file).writerows([*heading, (case.name, f"{seconds:.3f}", "; ".join(lost))])
     except Exception as error:                           # the masks are there
-        fault = [f"efficiency.csv, overlay: {first_line(error)}"]
+        fault = [f"overlay, efficiency.csv: {first_line(error)}"]
     return lost, fault
