@@ -23,9 +23,9 @@ SAMPLE = 1 << 23                     # numbers that percentiles are taken from; 
 PHOTOMETRIC, ORIENTATION, SAMPLES = 262, 274, 277    # the TIFF fields that are looked at
 INVERTED, PALETTE = 0, 3             # values of PHOTOMETRIC: zero is white; numbers are indices of colours
 TURNED = "turned as its EXIF orientation says"
-# What the libraries for JPEG, PNG, JPEG 2000 and MetaImage write on standard error.
-COMPLAINTS = re.compile(rb"(Corrupt JPEG|Invalid |Inconsistent|libpng|Unsupported |Marker |Failed |Meta(Image|Object): "
-                        rb"|DimSize |Uncompress|   ideal)[^\n]*\n")
+# What OpenCV and the libraries for JPEG, PNG, JPEG 2000 and MetaImage write on standard error.
+COMPLAINTS = re.compile(rb"(\[ *(WARN|ERROR):|Corrupt JPEG|Invalid |Inconsistent|libpng|Unsupported |Marker |Failed "
+                        rb"|Meta(Image|Object): |DimSize |Uncompress|   ideal)[^\n]*\n+")
 
 
 def is_picture(path) -> bool:
@@ -120,7 +120,6 @@ def tiff_fields(data: bytes) -> dict[int, int]:
 
 def pages_of(data: bytes, flags: int = 0) -> tuple[np.ndarray, ...]:
     """Decode a file's pages, none if damaged, whose only sign is what the JPEG library writes, or of a BigTIFF."""
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)        # our one line instead of its several
     pages, flags = (), flags | cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH
     with hushed() as written, suppress(cv2.error):
         _, pages = cv2.imdecodemulti(np.frombuffer(data, np.uint8), flags)

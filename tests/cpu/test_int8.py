@@ -197,7 +197,7 @@ def test_encoder_in_8_bits_is_close(l0):
     form = fast.to_fast(l0, "int8")
     assert sum(isinstance(module, QuantizedBlock) for module in form.modules()) == len(blocks(l0))
     expected = l0.image_encoder(images[1])
-    assert (form.image_encoder(images[1]) - expected).norm() < 0.1 * expected.norm()
+    assert (form.image_encoder(images[1]) - expected).norm() < 0.12 * expected.norm()
 
 
 # ----------------------------------------------------------------------------------------------------------- command

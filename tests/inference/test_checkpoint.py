@@ -167,7 +167,7 @@ class Surprise:
 
 # Fault 40: the way out is named.
 @pytest.mark.parametrize("content, words", [
-    (Surprise(), "pickled code (print), which is never run"), ({"model": WHOLE, "hook": Surprise()}, "state_dict()"),
+    (Surprise(), "print), which is never run"), ({"model": WHOLE, "hook": Surprise()}, "state_dict()"),
     (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear"), (torch.zeros(3), "expected a state dict, found Tensor"),
     ({"a": torch.zeros(1)}, "expected one of medficientsam_l0"), ({}, "no tensors"),
 ])
