@@ -98,39 +98,25 @@ class SliceDataset(torch.utils.data.Dataset):
         return sample
 
 
-class EpochSampler(torch.utils.data.Sampler):
-    """Yield (epoch, position, index) for one epoch from wherever `set_position` put it.
+def epoch_keys(n, seed, epoch, length, weights=None):
+    """Return the keys (epoch, position, index) of the samples of one epoch of `length`, with indices below n.
 
-    The indices are one endless stream of random permutations of range(n), cut into epochs of `samples_per_epoch`
-    (default n), or with weights (n,), of sum 1, drawn with replacement. Process `rank` of `world` takes positions rank,
-    rank + world, …, all equally many, so that batches of all together are what one process would put into one.
+    The indices are one endless stream of random permutations of range(n), cut into epochs, or with weights (n,), of sum
+    1, drawn with replacement.
     """
-
-    def __init__(self, n, seed, rank=0, world=1, weights=None, samples_per_epoch=None):
-        self.n, self.seed, self.rank, self.world, self.weights = n, seed, rank, world, weights
-        self.total = (samples_per_epoch or n) // world * world
-        self.set_position(0, 0)
-
-    def set_position(self, epoch, position):
-        """Continue at `position` of `epoch`, counted over all processes."""
-        self.epoch, self.position = epoch, position
-
-    def __iter__(self):
-        epoch = self.epoch
-        if self.weights is not None:
-            indices = np.random.default_rng([self.seed, epoch]).choice(self.n, self.total, p=self.weights)
-        else:
-            first, skipped = divmod(epoch * self.total, self.n)
-            rounds = range(first, first + (skipped + self.total - 1) // self.n + 1)
-            stream = [np.random.default_rng([self.seed, number]).permutation(self.n) for number in rounds]
-            indices = np.concatenate(stream)[skipped:]
-        for position in range(self.position + self.rank, self.total, self.world):
-            yield epoch, position, int(indices[position])
+    if weights is not None:
+        indices = np.random.default_rng([seed, epoch]).choice(n, length, p=weights)
+    else:
+        first, skipped = divmod(epoch * length, n)
+        rounds = range(first, first + length // n + 2)                         # perhaps one more than are needed
+        stream = np.concatenate([np.random.default_rng([seed, number]).permutation(n) for number in rounds])
+        indices = stream[skipped:skipped + length]
+    return [(epoch, position, index) for position, index in enumerate(indices.tolist())]
 
 
-def make_loader(dataset, sampler, batch_size, workers=0, pin_memory=False):
-    """Return a DataLoader over the sampler's positions."""
-    return torch.utils.data.DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, pin_memory=pin_memory,
+def make_loader(dataset, keys, batch_size, workers=0, pin_memory=False):
+    """Return a DataLoader of the samples of a list of keys, as that list is when an iteration begins."""
+    return torch.utils.data.DataLoader(dataset, batch_size, sampler=keys, num_workers=workers, pin_memory=pin_memory,
                                        persistent_workers=workers > 0, worker_init_fn=_start_worker)
 
 
