@@ -200,8 +200,7 @@ def single_batches(dataset, world, label, shared=True):
     """Yield (index, batch of that one sample), each time the same, for this process's share of a data set or all."""
     indices = range(world.rank, len(dataset), world.size) if shared else range(len(dataset))
     for index in ProgressBar(indices, len(indices), label):
-        sample = dataset.sample(0, index, index)
-        yield index, world.to_device(torch.utils.data.default_collate([sample]))
+        yield index, world.to_device(torch.utils.data.default_collate([dataset[0, index, index]]))
 
 
 def modality_means(dataset, scores, world):

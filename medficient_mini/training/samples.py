@@ -21,11 +21,6 @@ from .volume_cache import SliceCache, file_key
 FLIPS = {(False, False): "", (True, False): "-h", (False, True): "-v", (True, True): "-hv"}
 
 
-def embedding_path(folder, case, z, flip=(False, False)):
-    """Return where a teacher's embedding of a slice is kept, by the content of its NPZ file: one folder per teacher."""
-    return Path(folder) / file_key(case.path) / f"{z}{FLIPS[flip]}.npy"
-
-
 def save_embedding(path, embedding):
     """Write an embedding (256, 64, 64) as float16, 2 MB, where there is room; return what `load_embedding` will."""
     embedding = embedding.half()
@@ -66,22 +61,17 @@ class SliceDataset(torch.utils.data.Dataset):
         return len(self.slices)
 
     def __getitem__(self, key):
-        return self.sample(*key)
-
-    def sample(self, epoch, position, index):
-        """Draw the sample of slice `index` at `position` of `epoch`: the same arguments give the same sample."""
+        """Draw the sample of a key (epoch, position in it, index of the slice); the same key gives the same sample."""
+        epoch, position, index = key
         rng = np.random.default_rng([self.seed, epoch, position])
         case_index, z = self.slices[index]
         case, mode = self.cases[case_index], self.mode
         original, labels = self.cache.image_and_labels(case, z)
-        image = original
+        image = photometric(original, rng) if self.photometric else original
         if labels is None or not self.objects:
             labels = np.zeros(image.shape[:2], np.uint8)
-        is_labelled = labels.any()
-        if self.photometric:
-            image = photometric(image, rng)
         in_use = (self.in_use and self.objects and case.is_3d and case.has_gts
-                  and (rng.random() < self.in_use or not is_labelled))
+                  and (rng.random() < self.in_use or not labels.any()))
         if in_use and mode == "full":                                          # boxes of a volume cannot be rotated
             mode = "flips"
         limit = max(self.network_input[0], (self.teacher_input or [0])[0])
@@ -93,8 +83,9 @@ class SliceDataset(torch.utils.data.Dataset):
             sample |= self.objects.draw(labels, rng, max(labels.shape) / max(image.shape[:2]))
         if self.teacher_input:
             sample["teacher_image"] = to_network(moved, *self.teacher_input)
-            is_kept = self.embeddings and flip and image is original
-            sample["embedding_file"] = str(embedding_path(self.embeddings, case, z, flip)) if is_kept else ""
+            sample["embedding_file"] = ""
+            if self.embeddings and flip and image is original:
+                sample["embedding_file"] = str(self.embeddings / file_key(case.path) / f"{z}{FLIPS[flip]}.npy")
         return sample
 
 

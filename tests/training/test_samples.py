@@ -41,9 +41,9 @@ def test_samples_depend_on_seed_epoch_and_position_alone(cases, cache):
     options = dict(mode="full", objects=Objects(2, 32, 32), in_use=0.5, photometric=True)
     first, again, other = (SliceDataset(cases, slices, cache, (32, "bilinear"), seed=seed, **options)
                            for seed in (1, 1, 2))
-    assert all(same(first.sample(e, p, p % 6), again.sample(e, p, p % 6)) for e in range(2) for p in range(12))
-    assert not all(same(first.sample(0, p, 0), first.sample(1, p, 0)) for p in range(6))
-    assert not all(same(first.sample(0, p, 0), other.sample(0, p, 0)) for p in range(6))
+    assert all(same(first[e, p, p % 6], again[e, p, p % 6]) for e in range(2) for p in range(12))
+    assert not all(same(first[0, p, 0], first[1, p, 0]) for p in range(6))
+    assert not all(same(first[0, p, 0], other[0, p, 0]) for p in range(6))
 
 
 def test_a_sample_without_augmentation_holds_the_image_its_boxes_and_masks(cases, cache):
@@ -63,11 +63,11 @@ def test_volumes_are_prompted_as_in_use_and_taught_where_objects_end(cases, cach
     options = dict(objects=Objects(2, 32, 32, shift=0), mode="full")
     dataset = SliceDataset(cases, slices, cache, (32, "bilinear"), in_use=1.0, **options)
     for position in range(8):
-        samples = [dataset.sample(0, position, k) for k in range(5)]
+        samples = [dataset[0, position, k] for k in range(5)]
         assert all(sample["box_valid"].any() for sample in samples)
         assert [bool(sample["masks"].any()) for sample in samples] == [False, True, True, True, False]
     never = SliceDataset(cases, slices, cache, (32, "bilinear"), **options)
-    assert not never.sample(0, 0, 0)["box_valid"].any() and never.sample(0, 0, 3)["box_valid"].all()
+    assert not never[0, 0, 0]["box_valid"].any() and never[0, 0, 3]["box_valid"].all()
 
 
 def test_student_and_teacher_see_the_same_image(cases, cache):
@@ -75,7 +75,7 @@ def test_student_and_teacher_see_the_same_image(cases, cache):
                            teacher_input=(32, "area"))
     image, seen = cache.image_and_labels(cases[BARE])[0], Counter()
     for position in range(20):
-        sample = dataset.sample(0, position, 0)
+        sample = dataset[0, position, 0]
         for flip in [(1, 1), (1, -1), (-1, 1), (-1, -1)]:
             flipped = np.ascontiguousarray(image[::flip[0], ::flip[1]])
             if torch.equal(sample["image"], to_network(flipped, 64, "bilinear")):
@@ -88,7 +88,7 @@ def test_samples_name_the_file_of_their_embedding(cases, cache, tmp_path):
     def names(**options):
         dataset = SliceDataset(cases, [(IMAGE, 0)], cache, (32, "bilinear"), embeddings=tmp_path, **options,
                                teacher_input=(32, "bilinear"))
-        samples = [dataset.sample(0, position, 0) for position in range(20)]
+        samples = [dataset[0, position, 0] for position in range(20)]
         images = {sample["embedding_file"]: sample["teacher_image"] for sample in samples}
         assert all(torch.equal(images[sample["embedding_file"]], sample["teacher_image"])
                    for sample in samples if sample["embedding_file"])
