@@ -37,7 +37,7 @@ def nsd(gt: np.ndarray, seg: np.ndarray, spacing_mm=None, tolerance_mm: float = 
 
 def contour_nsd(gt: np.ndarray, seg: np.ndarray, tolerance: float = 2.0) -> float:
     """Return the NSD of the contours of two (H, W) masks, weighted by length, in pixels; otherwise as `nsd`."""
-    return near_share(*as_masks(gt, seg), np.ones(2), tolerance, CONTOUR_LENGTHS)
+    return near_share(*as_masks(gt, seg), 1.0, tolerance, CONTOUR_LENGTHS)
 
 
 def case_scores(gts: np.ndarray, segs: np.ndarray, spacing_mm=None, tolerance_mm: float = 2.0,
