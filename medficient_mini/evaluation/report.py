@@ -91,7 +91,7 @@ def markdown(results: dict[str, list[dict]], published: bool = False, heading: s
                      "other cases than these, and nine modalities, so compare the order of difficulty, not the digits.")
     if len(results) > 1:
         parts += ["### Differences, second minus first",
-                  difference_table(results, [*(targets if len(results) == 2 else []), None], scores)]
+                  difference_table(results, targets * (len(results) == 2) + [None], scores)]
     if "seconds" in columns:
         times = {name: {target: entry.get("seconds") for target, entry in summary.items()}
                  for name, summary in summaries.items()} | (SECONDS if published else {})

@@ -17,9 +17,6 @@ from ..inference.geometry import to_network
 from .augment import Objects, draw_augmented, photometric
 from .volume_cache import SliceCache, file_key
 
-# Flipped (horizontally, vertically) or not: how the file of an embedding ends.
-FLIPS = {(False, False): "", (True, False): "-h", (False, True): "-v", (True, True): "-hv"}
-
 
 def save_embedding(path, embedding):
     """Write an embedding (256, 64, 64) as float16, 2 MB, where there is room; return what `load_embedding` will."""
@@ -85,7 +82,8 @@ class SliceDataset(torch.utils.data.Dataset):
             sample["teacher_image"] = to_network(moved, *self.teacher_input)
             sample["embedding_file"] = ""
             if self.embeddings and flip and image is original:
-                sample["embedding_file"] = str(self.embeddings / file_key(case.path) / f"{z}{FLIPS[flip]}.npy")
+                flipped = "-" * any(flip) + "h" * flip[0] + "v" * flip[1]      # "" or -h, -v, -hv
+                sample["embedding_file"] = str(self.embeddings / file_key(case.path) / f"{z}{flipped}.npy")
         return sample
 
 
