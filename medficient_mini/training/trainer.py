@@ -145,10 +145,12 @@ class Trainer:
         for batch, count in zip(group, counts):
             with world.autocast():
                 means = self.loss(batch)
-            shares = {term: mean * (count[term] / max(totals[term], 1.0)) for term, mean in means.items()}
-            loss = sum(task.weights[term] * share for term, share in shares.items())
+            loss = 0.0
+            for term, mean in means.items():
+                share = mean * (count[term] / max(totals[term], 1.0))
+                loss += task.weights[term] * share
+                values[term] += share.item()
             (loss * world.size).backward()                                     # processes' gradients are averaged
-            values |= {term: values[term] + share.item() for term, share in shares.items()}
         norm = clip_grad_norm_(task.model.parameters(), self.arguments.clip).item()
         values = world.sum(values)
         loss = sum(task.weights[term] * value for term, value in values.items())
