@@ -1,7 +1,7 @@
 """Stage 1: an EfficientViT-SAM encoder learns a frozen teacher's image embeddings (MedficientSAM, Sec. 2, Table 2).
 
     python train_distill.py --data cases --bs 2                               # the paper's settings, student L1
-    python train_distill.py --data cases --embeddings runs/embeddings         # each of the teacher's answers computed once
+    python train_distill.py --data cases --embeddings runs/embeddings      # each of the teacher's answers computed once
     torchrun --nproc_per_node 4 train_distill.py --data cases                 # four GPUs
 
 The checkpoints hold the encoder alone: infer.py --weights runs/distill/best.pt --decoder-weights lite_medsam.
@@ -32,10 +32,10 @@ def parse_arguments(argv=None):
     add = partial(add_option, parser.add_argument_group("distillation"))
     add("--student", "l1", "size of the EfficientViT-SAM that learns", choices=("l0", "l1", "l2"))
     add("--init", str, "start from this checkpoint's image encoder, e.g. of a run at a smaller --size")
-    add("--teacher", "lite_medsam", "checkpoint of any of the five networks, also of its encoder alone, or lite_medsam; "
-        "the paper's is MedSAM's medsam_vit_b.pth")
-    add("--embeddings", str, "keep the teacher's answers in this folder (float16, 8 MB a slice with its flips) and ask it "
-        "for none twice; those that are otherwise augmented are always new to it")
+    add("--teacher", "lite_medsam", "checkpoint of any of the five networks, also of its encoder alone, or lite_medsam;"
+        " the paper's is MedSAM's medsam_vit_b.pth")
+    add("--embeddings", str, "keep the teacher's answers in this folder (float16, 8 MB a slice with its flips) and ask "
+        "it for none twice; those that are otherwise augmented are always new to it")
     add("--no-flips", True, "no random flips", dest="flips")
     add("--augment", False, "also random shift, scale and rotation")
     add("--start-from-statistics", False, "the student's last norm starts from the teacher's mean and deviation")

@@ -88,10 +88,9 @@ class SliceDataset(torch.utils.data.Dataset):
 
 
 def epoch_keys(n, seed, epoch, length, weights=None):
-    """Return the keys (epoch, position, index) of the samples of one epoch of `length`, with indices below n.
+    """Return the keys (epoch, position, index) of the `length` samples of an epoch, their indices below n.
 
-    The indices are one endless stream of random permutations of range(n), cut into epochs, or with weights (n,), of sum
-    1, drawn with replacement.
+    Epochs cut one stream of random permutations of range(n); with weights (n,), of sum 1, they draw with replacement.
     """
     if weights is not None:
         indices = np.random.default_rng([seed, epoch]).choice(n, length, p=weights)

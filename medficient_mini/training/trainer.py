@@ -6,8 +6,7 @@ What is trained is the script's: a task, that is a small torch module with
     frozen             modules of the model that stay in evaluation mode
     weights            {term of the loss: its weight}
     count(batch)       {term: number of items of the batch over which the term is a mean}
-    loss(batch)        {term: that mean}, left out where there is no item; also the forward pass, for
-                       DistributedDataParallel
+    loss(batch)        {term: that mean}, left out where there is no item; also the forward pass
     validation         its data set
     validate(model)    {score: number} for the model or a moving average of it
     criterion          name of the score that decides, and 1 if higher is better, else -1
@@ -42,7 +41,7 @@ MAY_CHANGE_ON_RESUME = ("resume out minutes steps epochs workers threads save_mi
 
 
 class Trainer:
-    """One run: `task` (see above) learns from a SliceDataset. ValueError for options or a checkpoint that do not fit."""
+    """One run: a task (above) learns from a SliceDataset. ValueError for options or a checkpoint that do not fit."""
 
     def __init__(self, arguments, world, task, dataset):
         self.arguments, self.world, self.task, count = arguments, world, task, len(dataset)
@@ -51,8 +50,8 @@ class Trainer:
         self.epoch_samples = (arguments.samples_per_epoch or count) // world.size * world.size
         self.batch = arguments.bs * arguments.accumulate * world.size          # samples of one update
         if self.batch > min(count, self.epoch_samples):
-            raise ValueError(f"--bs: expected at most the {count} slices and the {self.epoch_samples} samples of an epoch, "
-                             f"found {self.batch} samples in an update")
+            raise ValueError(f"--bs: expected at most the {count} slices and the {self.epoch_samples} samples of an "
+                             f"epoch, found {self.batch} samples in an update")
         self.steps = arguments.steps or arguments.epochs * math.ceil(self.epoch_samples / self.batch)
         if arguments.warmup and (arguments.schedule != "cosine" or arguments.warmup >= self.steps):
             raise ValueError(f"--warmup: expected --schedule cosine and fewer than the {self.steps} updates, found "
