@@ -87,9 +87,8 @@ def evaluate(arguments) -> int:
     for name, rows in results.items():
         add_seconds(rows, folders[name], problems)
         tables["metrics.csv" if single else f"metrics_{name}.csv"] = metrics_csv(rows)
-    average = "Each data set stands as a modality of its own"
-    if not arguments.by_source:
-        average = "The average over modalities is the paper's"
+    average = ("Each data set stands as a modality of its own" if arguments.by_source else
+               "The average over modalities is the paper's")
     heading = (f"## Scores on {arguments.gts}\n\nDSC and NSD in percent, NSD at a tolerance of {arguments.tolerance:g} "
                f"mm (pixels in 2D). {average}; in the average over cases every case counts alike.")
     tables |= {"summary.csv": summary_csv(results), "summary.md": markdown(results, arguments.published, heading)}

@@ -1,7 +1,7 @@
 """Stage 1: an EfficientViT-SAM encoder learns a frozen teacher's image embeddings (MedficientSAM, Sec. 2, Table 2).
 
     python train_distill.py --data cases --bs 2                               # the paper's settings, student L1
-    python train_distill.py --data cases --embeddings runs/embeddings         # each of the teacher's answers computed once
+    python train_distill.py --data cases --embeddings runs/embeddings      # each of the teacher's answers computed once
     torchrun --nproc_per_node 4 train_distill.py --data cases                 # four GPUs
 
 The checkpoints hold the encoder alone: infer.py --weights runs/distill/best.pt --decoder-weights lite_medsam.
@@ -32,10 +32,10 @@ def parse_arguments(argv=None):
     add = partial(add_option, parser.add_argument_group("distillation"))
     add("--student", "l1", "size of the EfficientViT-SAM that learns", choices=("l0", "l1", "l2"))
     add("--init", str, "start from this checkpoint's image encoder, e.g. of a run at a smaller --size")
-    add("--teacher", "lite_medsam", "checkpoint of any of the five networks, also of its encoder alone, or lite_medsam; "
-        "the paper's is MedSAM's medsam_vit_b.pth")
-    add("--embeddings", str, "keep the teacher's answers in this folder (float16, 8 MB a slice with its flips) and ask it "
-        "for none twice; those that are otherwise augmented are always new to it")
+    add("--teacher", "lite_medsam", "checkpoint of any of the five networks, also of its encoder alone, or lite_medsam;"
+        " the paper's is MedSAM's medsam_vit_b.pth")
+    add("--embeddings", str, "keep the teacher's answers in this folder (float16, 8 MB a slice with its flips) and ask "
+        "it for none twice; those that are otherwise augmented are always new to it")
     add("--no-flips", True, "no random flips", dest="flips")
     add("--augment", False, "also random shift, scale and rotation")
     add("--start-from-statistics", False, "the student's last norm starts from the teacher's mean and deviation")
@@ -48,30 +48,30 @@ def parse_arguments(argv=None):
 def load_parts(model, weights, *parts):
     """Load parts of a network, strictly, from a checkpoint that may hold others too."""
     path = resolve(weights)
-    state = {key: value for key, value in load_state(path)[1].items() if key.split(".")[0] in parts}
+    state = {key: value for key, value in load_state(path)[1].items() if key.startswith(parts)}
     load_strictly(nn.ModuleDict({part: getattr(model, part) for part in parts}), state, path)
 
 
-class Teacher(nn.Module):
-    """The network of --teacher, whose image encoder gives the targets; its decoder plays no part."""
+def read_teacher(weights):
+    """Return the network of --teacher, whose image encoder gives the targets; its decoder plays no part."""
+    teacher = build_sam(load_state(resolve(weights))[0]).eval().requires_grad_(False)
+    load_parts(teacher, weights, "image_encoder")
+    return teacher
 
-    def __init__(self, weights):
-        super().__init__()
-        self.network = build_sam(load_state(resolve(weights))[0]).eval().requires_grad_(False)
-        load_parts(self.network, weights, "image_encoder")
 
-    @torch.no_grad()
-    def forward(self, batch):
-        """The embeddings of a batch, (B, 256, 64, 64): from their files, where they are, or computed and kept there."""
-        embeddings = []
-        for image, file in zip(batch["teacher_image"], batch["embedding_file"]):
-            if file and Path(file).exists():
-                embeddings.append(load_embedding(file).to(image.device))
-            else:
-                embeddings.append(self.network.image_encoder(image[None])[0])
-                if file:
-                    embeddings[-1] = save_embedding(file, embeddings[-1])
-        return torch.stack([embedding.float() for embedding in embeddings])
+@torch.no_grad()
+def teach(teacher, batch):
+    """Return the teacher's embeddings of a batch, float32 (B, 256, 64, 64), from their files or computed for them."""
+    embeddings = []
+    for image, file in zip(batch["teacher_image"], batch["embedding_file"]):
+        if file and Path(file).exists():
+            embedding = load_embedding(file).to(image.device)
+        else:
+            embedding = teacher.image_encoder(image[None])[0]
+            if file:
+                embedding = save_embedding(file, embedding)
+        embeddings.append(embedding.float())
+    return torch.stack(embeddings)
 
 
 def build_student(arguments):
@@ -119,7 +119,7 @@ class Distillation(nn.Module):
     def loss(self, batch):
         """The terms of the loss, each averaged over its items."""
         embedding = self.model.image_encoder(batch["image"])                   # (B, 256, 64, 64)
-        means = {"embedding": embedding_mse(embedding, self.teacher(batch))}
+        means = {"embedding": embedding_mse(embedding, teach(self.teacher, batch))}
         if "mask" in self.weights and batch["box_valid"].any():
             logits, masks, _ = decode_boxes(self.student, embedding, batch)
             pixels = F.binary_cross_entropy_with_logits(logits[:, 0].float(), masks.float(), reduction="none")
@@ -133,7 +133,7 @@ class Distillation(nn.Module):
         error, scores = 0.0, {}
         for i, batch in single_batches(self.validation, self.world, "validation"):
             embedding = model.image_encoder(batch["image"])
-            error += float(embedding_mse(embedding, self.teacher(batch)))
+            error += float(embedding_mse(embedding, teach(self.teacher, batch)))
             if self.validation.objects:
                 scores[i] = dsc(*decode_boxes(self.student, embedding, batch)[:2])
         error = self.world.sum({"error": error})["error"] / len(self.validation)
@@ -145,12 +145,12 @@ def train(arguments, world):
     """Read the cases, build the task, train; returns the exit status. ValueError, one line, for bad input."""
     if arguments.mask_loss and not arguments.decoder_weights:
         raise ValueError("--mask-loss: expected --decoder-weights FILE beside it, e.g. lite_medsam, found none")
-    student, teacher = build_student(arguments), world.to_device(Teacher(arguments.teacher))
+    student, teacher = build_student(arguments), world.to_device(read_teacher(arguments.teacher))
     dataset, validation = read_data(arguments, world, student, labelled=False, mask_size=256)       # as decoder
     dataset.mode = "full" if arguments.augment else "flips" if arguments.flips else "none"
     if not arguments.mask_loss:
         dataset.objects = None
-    dataset.teacher_input = validation.teacher_input = teacher.network.image_size, teacher.network.resize
+    dataset.teacher_input = validation.teacher_input = teacher.image_size, teacher.resize
     if arguments.embeddings:
         digest = hashlib.sha256(resolve(arguments.teacher).read_bytes()).hexdigest()
         dataset.embeddings = validation.embeddings = Path(arguments.embeddings, digest[:16])    # one folder per teacher
@@ -162,7 +162,7 @@ def train(arguments, world):
         plain = replace(validation, cases=dataset.cases, slices=some, objects=None)
         batches = single_batches(plain, world, "the teacher's mean and variance", shared=False)
         with world.autocast():
-            statistics = statistics_of(teacher(batch)[0] for _, batch in batches)
+            statistics = statistics_of(teach(teacher, batch)[0] for _, batch in batches)
     if arguments.start_from_statistics:
         with torch.no_grad():
             student.image_encoder.norm.bias.copy_(statistics["teacher_mean"])

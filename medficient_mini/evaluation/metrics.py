@@ -37,7 +37,7 @@ def nsd(gt: np.ndarray, seg: np.ndarray, spacing_mm=None, tolerance_mm: float = 
 
 def contour_nsd(gt: np.ndarray, seg: np.ndarray, tolerance: float = 2.0) -> float:
     """Return the NSD of the contours of two (H, W) masks, weighted by length, in pixels; otherwise as `nsd`."""
-    return near_share(*as_masks(gt, seg), np.ones(2), tolerance, CONTOUR_LENGTHS)
+    return near_share(*as_masks(gt, seg), 1.0, tolerance, CONTOUR_LENGTHS)
 
 
 def case_scores(gts: np.ndarray, segs: np.ndarray, spacing_mm=None, tolerance_mm: float = 2.0,
@@ -84,14 +84,13 @@ def near_share(gt, seg, spacing_mm, tolerance_mm, sizes):
         close = there[present]                                                 # shared surfels are at distance 0
         corners = np.argwhere(present & ~there)
         targets = np.argwhere(there & ~binary_erosion(there, border_value=1))  # the nearest one has a free neighbour
-        if len(corners) and len(targets):
-            tree = cKDTree(targets * spacing_mm)
-            distances, nearest = tree.query(corners * spacing_mm, distance_upper_bound=tolerance_mm + 1e-6)
-            found = np.isfinite(distances)
-            # Whole steps first, then mm, as the challenge's distance transform rounds.
-            steps_mm = (corners[found] - targets[nearest[found]]) * spacing_mm
-            found[found] = np.sqrt((steps_mm ** 2).sum(1)) <= tolerance_mm
-            close[~close] = found
+        tree = cKDTree(targets * spacing_mm)
+        distances, nearest = tree.query(corners * spacing_mm, distance_upper_bound=tolerance_mm + 1e-6)
+        found = np.isfinite(distances)
+        # Whole steps first, then mm, as the challenge's distance transform rounds.
+        steps_mm = (corners[found] - targets[nearest[found]]) * spacing_mm
+        found[found] = np.sqrt((steps_mm ** 2).sum(1)) <= tolerance_mm
+        close[~close] = found
         near += own[present][close].sum()
         total += own[present].sum()
     return float(near / total) if total else float("nan")

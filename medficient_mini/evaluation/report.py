@@ -7,7 +7,6 @@ dict, name -> list of rows.
 import csv
 import io
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 
@@ -91,7 +90,7 @@ def markdown(results: dict[str, list[dict]], published: bool = False, heading: s
                      "other cases than these, and nine modalities, so compare the order of difficulty, not the digits.")
     if len(results) > 1:
         parts += ["### Differences, second minus first",
-                  difference_table(results, [*(targets if len(results) == 2 else []), None], scores)]
+                  difference_table(results, targets * (len(results) == 2) + [None], scores)]
     if "seconds" in columns:
         times = {name: {target: entry.get("seconds") for target, entry in summary.items()}
                  for name, summary in summaries.items()} | (SECONDS if published else {})
@@ -167,11 +166,11 @@ def csv_text(first: list[str], lines: list[dict]) -> str:
 
 
 def add_seconds(rows: list[dict], folder, problems: list[str]) -> None:
-    """Give each row the `seconds` of its case in a folder's efficiency.csv, the last of several.
+    """Give each row the `seconds` of its case in the efficiency.csv of a folder, a Path; the last of several.
 
     Times are decoration: what is not `name,seconds` costs a line in `problems`, nothing else.
     """
-    path, seconds = Path(folder) / "efficiency.csv", {}
+    path, seconds = folder / "efficiency.csv", {}
     try:
         with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
             for count, line in enumerate(csv.reader(file), 1):

@@ -35,7 +35,7 @@ def surfel_areas(spacing_mm: tuple[float, float, float]) -> np.ndarray:
     The vertices are the midpoints of the edges between an inside and an outside voxel. On every face of the cube they
     are joined in pairs, so that of two inside voxels facing each other diagonally each is cut off by itself, and so
     form polygons; with more than four voxels inside, those of the complement (Lorensen and Cline's marching cubes,
-    SIGGRAPH 1987). A polygon is cut into triangles from the corner whose triangles lie in the fewest planes.
+    SIGGRAPH 1987). A polygon is cut into triangles from the corner where the sides of the triangles are longest.
     """
     codes, sides = surface_triangles()
     normals = np.cross(*(sides * spacing_mm).swapaxes(0, 1))
@@ -52,7 +52,8 @@ def surface_triangles():
         bits = code if code.bit_count() <= 4 else 255 - code
         inside = {corner for k, corner in enumerate(corners) if bits >> k & 1}
         for polygon in polygons([segment for face in faces for segment in segments(face, inside)]):
-            triangles = min((fan(polygon, k) for k in range(len(polygon))), key=planes)
+            fans = [fan(polygon, k) for k in range(len(polygon))]
+            triangles = max(fans, key=lambda sides: np.sum(sides ** 2))
             codes += [code] * len(triangles)
             sides += list(triangles)
     return np.array(codes), np.array(sides)
@@ -85,10 +86,3 @@ def fan(polygon: list, k: int) -> np.ndarray:
     points = np.roll(polygon, -k, axis=0)
     sides = points[1:] - points[0]
     return np.stack([sides[:-1], sides[1:]], 1)
-
-
-def planes(triangles: np.ndarray) -> int:
-    """Count the different planes that triangles with a common corner lie in."""
-    normals = np.cross(triangles[:, 0], triangles[:, 1])
-    normals /= np.linalg.norm(normals, axis=1, keepdims=True)
-    return len(np.unique(normals.round(6) + 0.0, axis=0))

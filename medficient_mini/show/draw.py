@@ -18,8 +18,7 @@ WHITE, BLACK, BLUE = (255, 255, 255), (0, 0, 0), (30, 90, 200)
 
 def overlay(image: np.ndarray, segs: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """Draw translucent masks, their contours and boxes (N, 4) x0 y0 x1 y1 on the image, at least 512 pixels long."""
-    scale = max(1, math.ceil(SMALLEST / max(image.shape[:2])))
-    return panel(image, segs, boxes, scale, fill=0.35)
+    return panel(image, segs, boxes, math.ceil(SMALLEST / max(image.shape[:2])))
 
 
 def contact_sheet(volume: np.ndarray, segs: np.ndarray, boxes: np.ndarray) -> np.ndarray:
@@ -32,7 +31,7 @@ def contact_sheet(volume: np.ndarray, segs: np.ndarray, boxes: np.ndarray) -> np
     for z in np.unique(np.linspace(min(used), max(used), SLICES).round().astype(int)):
         reached = (boxes[:, 2] <= z) & (z <= boxes[:, 5])
         here = np.where(reached[:, None], boxes[:, [0, 1, 3, 4]], np.nan)
-        tiles.append(panel(volume[z], segs[z], here, TILE / max(segs.shape[1:]), fill=0.35))
+        tiles.append(panel(volume[z], segs[z], here, TILE / max(segs.shape[1:])))
         write(tiles[-1], str(z), 4, 16, 0.5)
     return sheet(tiles, 4)
 
@@ -41,7 +40,7 @@ def compare_row(image: np.ndarray, gts: np.ndarray, segs: np.ndarray, caption: s
     """Draw image, ground truth and prediction side by side, 960 wide (MedficientSAM, Fig. 2), below a caption."""
     panels = []
     for name, labels in (("image", np.zeros_like(gts)), ("ground truth", gts), ("prediction", segs)):
-        panels.append(panel(image, labels, (), TILE / image.shape[1]))
+        panels.append(panel(image, labels, (), TILE / image.shape[1], fill=0))
         write(panels[-1], name, 4, len(panels[-1]) - 6, 0.4)
     row = np.pad(np.hstack(panels), ((24, 0), (0, 0), (0, 0)), constant_values=255)
     write(row, caption, 4, 17, 0.45, BLACK)
@@ -52,8 +51,7 @@ def curves(columns: dict[str, list[float]], xs: list[float], path) -> None:
     """Save a PNG with a panel for each column: name, range and line over the steps `xs`, without its NaNs. OSError."""
     panels = []
     for name, values in columns.items():
-        known = np.isfinite(values)
-        x, y = np.array(xs)[known], np.array(values)[known]
+        x, y = np.array([xs, values])[:, np.isfinite(values)]
         picture = np.full((300, 520, 3), 255, np.uint8)
         cv2.rectangle(picture, (20, 40), (500, 260), BLACK, 1)
         write(picture, f"step {xs[0]} to {xs[-1]}", 20, 280, 0.42, BLACK)
@@ -74,15 +72,15 @@ def save_png(path, picture: np.ndarray) -> None:
         temporary.write_bytes(cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1])
 
 
-def panel(image, segs, boxes, scale: float, fill: float = 0.0) -> np.ndarray:
+def panel(image, segs, boxes, scale: float, fill: float = 0.35) -> np.ndarray:
     """Draw the image scaled by `scale`, contours of `segs`, their areas tinted by `fill` (0 … 1), boxes without NaN."""
-    height, width = (max(1, round(n * scale)) for n in image.shape[:2])
-    picture = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    size = [max(1, round(n * scale)) for n in image.shape[1::-1]]              # width, height
+    picture = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
     if picture.ndim == 2:
         picture = cv2.cvtColor(picture, cv2.COLOR_GRAY2RGB)
-    labels = cv2.resize(segs.astype(np.uint16), (width, height), interpolation=cv2.INTER_NEAREST)
+    labels = cv2.resize(segs.astype(np.uint16), size, interpolation=cv2.INTER_NEAREST)
     table = colours(max(labels.max(), len(boxes)) + 1)
-    thickness = 1 + max(height, width) // 800
+    thickness = 1 + max(size) // 800
     inside, edge = labels > 0, contours(labels, thickness)
     picture[inside] = (1 - fill) * picture[inside] + fill * table[labels[inside]]
     picture[edge] = table[labels[edge]]

@@ -54,7 +54,7 @@ def split_cases(cases, val_fraction, seed, patient_pattern=None):
     for _, group in sorted(groups.items()):
         wanted = max(1, int(len(group) * val_fraction + 0.5))
         for patient in order:
-            if len(group & chosen) < wanted and patient in group and patient not in chosen and all(
+            if patient in group and len(group & chosen) < wanted and all(
                     len(other - chosen) > 1 for other in groups.values() if patient in other):
                 chosen.add(patient)
     chosen = chosen or order[1:2]                                              # each modality has but one patient
@@ -66,8 +66,8 @@ def describe_patients(cases, patient_pattern=None):
     counts = Counter(patient_of(case.path, patient_pattern) for case in cases)
     line = f"{len(counts)} patients in {len(cases)} cases"
     largest, most = counts.most_common(1)[0]
-    single = [patient for patient, count in counts.items() if count == 1]
-    beginnings = Counter(filter(None, (re.sub(r"([-_ ][^-_ ]*|\d+)$", "", patient) for patient in single)))
+    single = (re.sub(r"([-_ ][^-_ ]*|\d+)$", "", patient) for patient, count in counts.items() if count == 1)
+    beginnings = Counter(filter(None, single))
     if most > max(1, len(cases) / 2) and (patient_pattern is None or len(counts) == 1):
         doubt = f"{most} cases count as one patient ({largest})" + " and are split one by one" * (len(counts) == 1)
     elif patient_pattern is None and sum(count for count in beginnings.values() if count > 1) > len(cases) / 2:
@@ -96,7 +96,7 @@ def with_neighbours(cases, slices):
     return sorted((index, z) for index, z in near if 0 <= z < depth(cases[index]))
 
 
-def balance_weights(cases, slices, power=0.5):
+def balance_weights(cases, slices, power):
     """Weigh slices so that volumes do not drown images: float64 (number of slices,), of sum 1.
 
     A modality weighs (its number of cases) ** power, within it every case alike, within a case every slice alike.

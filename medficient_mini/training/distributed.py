@@ -17,7 +17,7 @@ from ..machine import TORCHRUN, native_bf16, place_among_processes
 class Distributed:
     """This process, number `rank` of `size`; ValueError for a device that is not here. See --device and --amp."""
 
-    def __init__(self, device="auto", amp="auto"):
+    def __init__(self, device, amp="auto"):
         missing = [name for name in TORCHRUN if name not in os.environ]
         if missing and "WORLD_SIZE" in os.environ:
             print(f"WORLD_SIZE in the environment: ignored, expected {', '.join(missing)} beside it as torchrun sets "

@@ -12,7 +12,7 @@ def decode_boxes(network, embedding, batch):
 
 
 def embedding_mse(pred, target):
-    """Mean squared error between embeddings (B, 256, 64, 64) (MedficientSAM, Sec. 2; MobileSAM, 2306.14289, Sec. 4.1)."""
+    """Mean squared error of embeddings (B, 256, 64, 64) (MedficientSAM, Sec. 2; MobileSAM, 2306.14289, Sec. 4.1)."""
     return F.mse_loss(pred.float(), target.float())
 
 

@@ -32,10 +32,10 @@ class AdamW(torch.optim.Optimizer):
 
 
 def learning_rate(arguments, step, steps, scores):
-    """The rate of update `step` (from 0) of `steps`, by --lr, --schedule, --warmup; `scores` of epochs rise where better.
+    """Return the rate of update `step` (from 0) of `steps`, by --lr, --schedule, --warmup; `scores` of epochs so far.
 
     cosine: a linear rise over the warm-up, then half a cosine to 0 (SGDR, arXiv 1608.03983, Eq. 5). halve: after each
-    epoch. plateau: after each epoch that is not better by a relative 0.0001 (torch's ReduceLROnPlateau, patience 0).
+    epoch. plateau: after each epoch that is not better (higher) by a relative 0.0001 (ReduceLROnPlateau, patience 0).
     """
     if arguments.schedule == "cosine":
         warmup = arguments.warmup

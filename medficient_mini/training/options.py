@@ -143,8 +143,8 @@ def read_data(arguments, world, network, labelled, mask_size=None):
     """
     size, is_efficientvit = arguments.size or network.image_size, network.name.startswith("medficientsam")
     if size != network.image_size and (not is_efficientvit or size % 32 or size < 64):
-        raise ValueError(f"--size: expected {network.image_size}, or with an EfficientViT network a multiple of 32 from "
-                         f"64, found {size} for {network.name}")
+        raise ValueError(f"--size: expected {network.image_size}, or with an EfficientViT network a multiple of 32 from"
+                         f" 64, found {size} for {network.name}")
     cases = scan_cases(arguments.data, need_masks=labelled)
     if arguments.val:
         val_cases = scan_cases(arguments.val, need_masks=labelled)
@@ -200,13 +200,12 @@ def single_batches(dataset, world, label, shared=True):
     """Yield (index, batch of that one sample), each time the same, for this process's share of a data set or all."""
     indices = range(world.rank, len(dataset), world.size) if shared else range(len(dataset))
     for index in ProgressBar(indices, len(indices), label):
-        sample = dataset.sample(0, index, index)
-        yield index, world.to_device(torch.utils.data.default_collate([sample]))
+        yield index, world.to_device(torch.utils.data.default_collate([dataset[0, index, index]]))
 
 
 def modality_means(dataset, scores, world):
     """Average all processes' {index: score} over slices of a case, cases, modalities: {"dsc": mean, "dsc_CT": …}."""
-    scores = np.array([*world.sum({index: scores.get(index, 0.0) for index in range(len(dataset))}).values()])
+    scores = np.array([*world.sum(dict.fromkeys(range(len(dataset)), 0.0) | scores).values()])
     weights = balance_weights(dataset.cases, dataset.slices, power=0)
     modalities = np.array([dataset.cases[index].modality for index, _ in dataset.slices])
     means = {f"dsc_{name}": np.average(scores, weights=weights * (modalities == name)).item()

@@ -17,14 +17,6 @@ from ..inference.geometry import to_network
 from .augment import Objects, draw_augmented, photometric
 from .volume_cache import SliceCache, file_key
 
-# Flipped (horizontally, vertically) or not: how the file of an embedding ends.
-FLIPS = {(False, False): "", (True, False): "-h", (False, True): "-v", (True, True): "-hv"}
-
-
-def embedding_path(folder, case, z, flip=(False, False)):
-    """Return where a teacher's embedding of a slice is kept, by the content of its NPZ file: one folder per teacher."""
-    return Path(folder) / file_key(case.path) / f"{z}{FLIPS[flip]}.npy"
-
 
 def save_embedding(path, embedding):
     """Write an embedding (256, 64, 64) as float16, 2 MB, where there is room; return what `load_embedding` will."""
@@ -66,22 +58,17 @@ class SliceDataset(torch.utils.data.Dataset):
         return len(self.slices)
 
     def __getitem__(self, key):
-        return self.sample(*key)
-
-    def sample(self, epoch, position, index):
-        """Draw the sample of slice `index` at `position` of `epoch`: the same arguments give the same sample."""
+        """Draw the sample of a key (epoch, position in it, index of the slice); the same key gives the same sample."""
+        epoch, position, index = key
         rng = np.random.default_rng([self.seed, epoch, position])
         case_index, z = self.slices[index]
         case, mode = self.cases[case_index], self.mode
         original, labels = self.cache.image_and_labels(case, z)
-        image = original
+        image = photometric(original, rng) if self.photometric else original
         if labels is None or not self.objects:
             labels = np.zeros(image.shape[:2], np.uint8)
-        is_labelled = labels.any()
-        if self.photometric:
-            image = photometric(image, rng)
         in_use = (self.in_use and self.objects and case.is_3d and case.has_gts
-                  and (rng.random() < self.in_use or not is_labelled))
+                  and (rng.random() < self.in_use or not labels.any()))
         if in_use and mode == "full":                                          # boxes of a volume cannot be rotated
             mode = "flips"
         limit = max(self.network_input[0], (self.teacher_input or [0])[0])
@@ -93,44 +80,31 @@ class SliceDataset(torch.utils.data.Dataset):
             sample |= self.objects.draw(labels, rng, max(labels.shape) / max(image.shape[:2]))
         if self.teacher_input:
             sample["teacher_image"] = to_network(moved, *self.teacher_input)
-            is_kept = self.embeddings and flip and image is original
-            sample["embedding_file"] = str(embedding_path(self.embeddings, case, z, flip)) if is_kept else ""
+            sample["embedding_file"] = ""
+            if self.embeddings and flip and image is original:
+                flipped = "-" * any(flip) + "h" * flip[0] + "v" * flip[1]      # "" or -h, -v, -hv
+                sample["embedding_file"] = str(self.embeddings / file_key(case.path) / f"{z}{flipped}.npy")
         return sample
 
 
-class EpochSampler(torch.utils.data.Sampler):
-    """Yield (epoch, position, index) for one epoch from wherever `set_position` put it.
+def epoch_keys(n, seed, epoch, length, weights=None):
+    """Return the keys (epoch, position, index) of the `length` samples of an epoch, their indices below n.
 
-    The indices are one endless stream of random permutations of range(n), cut into epochs of `samples_per_epoch`
-    (default n), or with weights (n,), of sum 1, drawn with replacement. Process `rank` of `world` takes positions rank,
-    rank + world, …, all equally many, so that batches of all together are what one process would put into one.
+    Epochs cut one stream of random permutations of range(n); with weights (n,), of sum 1, they draw with replacement.
     """
-
-    def __init__(self, n, seed, rank=0, world=1, weights=None, samples_per_epoch=None):
-        self.n, self.seed, self.rank, self.world, self.weights = n, seed, rank, world, weights
-        self.total = (samples_per_epoch or n) // world * world
-        self.set_position(0, 0)
-
-    def set_position(self, epoch, position):
-        """Continue at `position` of `epoch`, counted over all processes."""
-        self.epoch, self.position = epoch, position
-
-    def __iter__(self):
-        epoch = self.epoch
-        if self.weights is not None:
-            indices = np.random.default_rng([self.seed, epoch]).choice(self.n, self.total, p=self.weights)
-        else:
-            first, skipped = divmod(epoch * self.total, self.n)
-            rounds = range(first, first + (skipped + self.total - 1) // self.n + 1)
-            stream = [np.random.default_rng([self.seed, number]).permutation(self.n) for number in rounds]
-            indices = np.concatenate(stream)[skipped:]
-        for position in range(self.position + self.rank, self.total, self.world):
-            yield epoch, position, int(indices[position])
+    if weights is not None:
+        indices = np.random.default_rng([seed, epoch]).choice(n, length, p=weights)
+    else:
+        first, skipped = divmod(epoch * length, n)
+        rounds = range(first, first + length // n + 2)                         # perhaps one more than are needed
+        stream = np.concatenate([np.random.default_rng([seed, number]).permutation(n) for number in rounds])
+        indices = stream[skipped:skipped + length]
+    return [(epoch, position, index) for position, index in enumerate(indices.tolist())]
 
 
-def make_loader(dataset, sampler, batch_size, workers=0, pin_memory=False):
-    """Return a DataLoader over the sampler's positions."""
-    return torch.utils.data.DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, pin_memory=pin_memory,
+def make_loader(dataset, keys, batch_size, workers=0, pin_memory=False):
+    """Return a DataLoader of the samples of a list of keys, as that list is when an iteration begins."""
+    return torch.utils.data.DataLoader(dataset, batch_size, sampler=keys, num_workers=workers, pin_memory=pin_memory,
                                        persistent_workers=workers > 0, worker_init_fn=_start_worker)
 
 

@@ -6,8 +6,7 @@ What is trained is the script's: a task, that is a small torch module with
     frozen             modules of the model that stay in evaluation mode
     weights            {term of the loss: its weight}
     count(batch)       {term: number of items of the batch over which the term is a mean}
-    loss(batch)        {term: that mean}, left out where there is no item; also the forward pass, for
-                       DistributedDataParallel
+    loss(batch)        {term: that mean}, left out where there is no item; also the forward pass
     validation         its data set
     validate(model)    {score: number} for the model or a moving average of it
     criterion          name of the score that decides, and 1 if higher is better, else -1
@@ -34,7 +33,7 @@ from ..show.draw import curves
 from ..show.progress import ProgressBar
 from .cases import balance_weights
 from .optim import AdamW, learning_rate, moving_average
-from .samples import EpochSampler, make_loader
+from .samples import epoch_keys, make_loader
 
 # All other options stay.
 MAY_CHANGE_ON_RESUME = ("resume out minutes steps epochs workers threads save_minutes log_steps device amp cache "
@@ -42,23 +41,23 @@ MAY_CHANGE_ON_RESUME = ("resume out minutes steps epochs workers threads save_mi
 
 
 class Trainer:
-    """One run: `task` (see above) learns from a SliceDataset. ValueError for options or a checkpoint that do not fit."""
+    """One run: a task (above) learns from a SliceDataset. ValueError for options or a checkpoint that do not fit."""
 
     def __init__(self, arguments, world, task, dataset):
         self.arguments, self.world, self.task, count = arguments, world, task, len(dataset)
         power = arguments.balance
-        weights = None if power is None else balance_weights(dataset.cases, dataset.slices, power)
-        self.sampler = EpochSampler(count, arguments.seed, world.rank, world.size, weights, arguments.samples_per_epoch)
-        self.epoch_samples = self.sampler.total
+        self.weights = None if power is None else balance_weights(dataset.cases, dataset.slices, power)
+        self.epoch_samples = (arguments.samples_per_epoch or count) // world.size * world.size
         self.batch = arguments.bs * arguments.accumulate * world.size          # samples of one update
         if self.batch > min(count, self.epoch_samples):
-            raise ValueError(f"--bs: expected at most the {count} slices and the {self.epoch_samples} samples of an epoch, "
-                             f"found {self.batch} samples in an update")
+            raise ValueError(f"--bs: expected at most the {count} slices and the {self.epoch_samples} samples of an "
+                             f"epoch, found {self.batch} samples in an update")
         self.steps = arguments.steps or arguments.epochs * math.ceil(self.epoch_samples / self.batch)
         if arguments.warmup and (arguments.schedule != "cosine" or arguments.warmup >= self.steps):
             raise ValueError(f"--warmup: expected --schedule cosine and fewer than the {self.steps} updates, found "
                              f"{arguments.schedule} and {arguments.warmup}")
-        self.loader = make_loader(dataset, self.sampler, arguments.bs, arguments.workers, world.device.type == "cuda")
+        self.keys = []                                   # of this epoch's samples, filled anew at the start of each
+        self.loader = make_loader(dataset, self.keys, arguments.bs, arguments.workers, world.device.type == "cuda")
         # Not every parameter has a gradient each time: a prompt encoder without points, a batch without masks.
         self.loss = DistributedDataParallel(task, find_unused_parameters=True) if world.size > 1 else task
         matrices = {"params": [p for p in task.model.parameters() if p.ndim > 1]}
@@ -105,8 +104,9 @@ class Trainer:
 
     def _epoch(self):
         """Do the updates that are left of this epoch, then validate; or return a reason to stop before that."""
-        state, arguments = self.state, self.arguments
-        self.sampler.set_position(state.epoch, state.position)
+        state, arguments, world = self.state, self.arguments, self.world
+        keys = epoch_keys(len(self.loader.dataset), arguments.seed, state.epoch, self.epoch_samples, self.weights)
+        self.keys[:] = keys[state.position + world.rank::world.size]           # batches of all are those of one process
         left = min(math.ceil((self.epoch_samples - state.position) / self.batch), self.steps - state.step)
         self.task.model.train()
         for module in self.task.frozen:
@@ -114,7 +114,7 @@ class Trainer:
         batches, bar = iter(self.loader), ProgressBar(range(left), left, f"epoch {state.epoch + 1}")
         for k in bar:
             began = time.monotonic()
-            group = [self.world.to_device(batch) for batch in islice(batches, arguments.accumulate)]
+            group = [world.to_device(batch) for batch in islice(batches, arguments.accumulate)]
             waited = time.monotonic() - began
             values = self.update(group)
             seconds = time.monotonic() - began
@@ -144,10 +144,12 @@ class Trainer:
         for batch, count in zip(group, counts):
             with world.autocast():
                 means = self.loss(batch)
-            shares = {term: mean * (count[term] / max(totals[term], 1.0)) for term, mean in means.items()}
-            loss = sum(task.weights[term] * share for term, share in shares.items())
+            loss = 0.0
+            for term, mean in means.items():
+                share = mean * (count[term] / max(totals[term], 1.0))
+                loss += task.weights[term] * share
+                values[term] += share.item()
             (loss * world.size).backward()                                     # processes' gradients are averaged
-            values |= {term: values[term] + share.item() for term, share in shares.items()}
         norm = clip_grad_norm_(task.model.parameters(), self.arguments.clip).item()
         values = world.sum(values)
         loss = sum(task.weights[term] * value for term, value in values.items())

@@ -17,8 +17,8 @@ from ..inference.npz import read_case
 def file_key(path):
     """Name data derived from an NPZ file by checksums and sizes of images and labels: a copy has the same name."""
     with zipfile.ZipFile(path) as archive:
-        members = [member for member in archive.infolist() if member.filename in ("imgs.npy", "gts.npy")]
-    return "-".join(f"{member.CRC:08x}{member.compress_size:x}" for member in members)
+        return "-".join(f"{member.CRC:08x}{member.compress_size:x}" for member in archive.infolist()
+                        if member.filename in ("imgs.npy", "gts.npy"))
 
 
 class SliceCache:

@@ -11,7 +11,7 @@ from npz_files import write_2d, write_3d
 from medficient_mini.inference.geometry import box_of_mask, boxes_to_network, to_network
 from medficient_mini.training.augment import Objects, mask_to_network
 from medficient_mini.training.cases import list_slices, scan_cases, with_neighbours
-from medficient_mini.training.samples import EpochSampler, SliceDataset, load_embedding, make_loader, save_embedding
+from medficient_mini.training.samples import SliceDataset, epoch_keys, load_embedding, make_loader, save_embedding
 from medficient_mini.training.volume_cache import SliceCache
 
 IMAGE, BARE, EMPTY, VOLUME = range(4)
@@ -41,9 +41,9 @@ def test_samples_depend_on_seed_epoch_and_position_alone(cases, cache):
     options = dict(mode="full", objects=Objects(2, 32, 32), in_use=0.5, photometric=True)
     first, again, other = (SliceDataset(cases, slices, cache, (32, "bilinear"), seed=seed, **options)
                            for seed in (1, 1, 2))
-    assert all(same(first.sample(e, p, p % 6), again.sample(e, p, p % 6)) for e in range(2) for p in range(12))
-    assert not all(same(first.sample(0, p, 0), first.sample(1, p, 0)) for p in range(6))
-    assert not all(same(first.sample(0, p, 0), other.sample(0, p, 0)) for p in range(6))
+    assert all(same(first[e, p, p % 6], again[e, p, p % 6]) for e in range(2) for p in range(12))
+    assert not all(same(first[0, p, 0], first[1, p, 0]) for p in range(6))
+    assert not all(same(first[0, p, 0], other[0, p, 0]) for p in range(6))
 
 
 def test_a_sample_without_augmentation_holds_the_image_its_boxes_and_masks(cases, cache):
@@ -63,11 +63,11 @@ def test_volumes_are_prompted_as_in_use_and_taught_where_objects_end(cases, cach
     options = dict(objects=Objects(2, 32, 32, shift=0), mode="full")
     dataset = SliceDataset(cases, slices, cache, (32, "bilinear"), in_use=1.0, **options)
     for position in range(8):
-        samples = [dataset.sample(0, position, k) for k in range(5)]
+        samples = [dataset[0, position, k] for k in range(5)]
         assert all(sample["box_valid"].any() for sample in samples)
         assert [bool(sample["masks"].any()) for sample in samples] == [False, True, True, True, False]
     never = SliceDataset(cases, slices, cache, (32, "bilinear"), **options)
-    assert not never.sample(0, 0, 0)["box_valid"].any() and never.sample(0, 0, 3)["box_valid"].all()
+    assert not never[0, 0, 0]["box_valid"].any() and never[0, 0, 3]["box_valid"].all()
 
 
 def test_student_and_teacher_see_the_same_image(cases, cache):
@@ -75,7 +75,7 @@ def test_student_and_teacher_see_the_same_image(cases, cache):
                            teacher_input=(32, "area"))
     image, seen = cache.image_and_labels(cases[BARE])[0], Counter()
     for position in range(20):
-        sample = dataset.sample(0, position, 0)
+        sample = dataset[0, position, 0]
         for flip in [(1, 1), (1, -1), (-1, 1), (-1, -1)]:
             flipped = np.ascontiguousarray(image[::flip[0], ::flip[1]])
             if torch.equal(sample["image"], to_network(flipped, 64, "bilinear")):
@@ -88,7 +88,7 @@ def test_samples_name_the_file_of_their_embedding(cases, cache, tmp_path):
     def names(**options):
         dataset = SliceDataset(cases, [(IMAGE, 0)], cache, (32, "bilinear"), embeddings=tmp_path, **options,
                                teacher_input=(32, "bilinear"))
-        samples = [dataset.sample(0, position, 0) for position in range(20)]
+        samples = [dataset[0, position, 0] for position in range(20)]
         images = {sample["embedding_file"]: sample["teacher_image"] for sample in samples}
         assert all(torch.equal(images[sample["embedding_file"]], sample["teacher_image"])
                    for sample in samples if sample["embedding_file"])
@@ -121,42 +121,40 @@ def test_a_full_disk_costs_the_kept_embedding_alone(tmp_path, monkeypatch):
     assert not list((tmp_path / "case").iterdir())
 
 
-def test_sampler_covers_everything_and_resumes():
-    sampler = EpochSampler(10, seed=5)
-    epoch = list(sampler)
-    assert sorted(i for _, _, i in epoch) == list(range(10))
-    assert [p for _, p, _ in epoch] == list(range(10)) and epoch[0][0] == 0
-    sampler.set_position(0, 4)
-    assert list(sampler) == epoch[4:]
-    sampler.set_position(1, 0)
-    assert [i for _, _, i in sampler] != [i for _, _, i in epoch]
-    short, counts = EpochSampler(10, seed=1, samples_per_epoch=4), Counter()
-    for number in range(5):
-        short.set_position(number, 0)
-        counts.update(i for _, _, i in short)
+def indices_of(*arguments, **options):
+    return [index for _, _, index in epoch_keys(*arguments, **options)]
+
+
+def test_epochs_cover_everything_in_turn():
+    epoch = epoch_keys(10, 5, 0, 10)
+    assert sorted(i for _, _, i in epoch) == list(range(10)) and epoch == epoch_keys(10, 5, 0, 10)
+    assert [p for _, p, _ in epoch] == list(range(10)) and {e for e, _, _ in epoch} == {0}
+    assert indices_of(10, 5, 1, 10) != [i for _, _, i in epoch] and {e for e, _, _ in epoch_keys(10, 5, 1, 10)} == {1}
+    counts = Counter(i for number in range(5) for i in indices_of(10, 1, number, 4))
     assert counts == {i: 2 for i in range(10)}
-    assert Counter(i for _, _, i in EpochSampler(10, seed=1, samples_per_epoch=30)) == {i: 3 for i in range(10)}
+    for length in (3, 7, 11, 25):                                              # one stream, however it is cut
+        stream = [i for number in range(10) for i in indices_of(10, 1, number, length)]
+        assert all(sorted(stream[start:start + 10]) == list(range(10)) for start in range(0, len(stream) - 9, 10))
+    assert Counter(indices_of(10, 1, 0, 30)) == {i: 3 for i in range(10)}
 
 
-def test_ranks_together_are_one_process_and_weights_count():
-    options = dict(seed=2, weights=np.arange(1, 12) / 66, samples_per_epoch=12)
-    whole, *parts = (list(EpochSampler(11, rank=r, world=w, **options)) for r, w in ((0, 1), (0, 2), (1, 2)))
-    for start in range(0, 12, 4):                                              # global batches of 4, local ones of 2
-        local = [key for part in parts for key in part[start // 2:start // 2 + 2]]
-        assert sorted(local) == sorted(whole[start:start + 4])
-    odd = [EpochSampler(11, seed=2, rank=r, world=2) for r in range(2)]
-    assert len(list(odd[0])) == len(list(odd[1])) == 5
-    drawn = Counter(i for _, _, i in EpochSampler(3, seed=0, weights=np.array([0.8, 0.2, 0]), samples_per_epoch=5000))
+def test_weights_count():
+    drawn = Counter(indices_of(3, 0, 0, 5000, weights=np.array([0.8, 0.2, 0])))
     assert drawn[0] == pytest.approx(4000, abs=150) and drawn[0] + drawn[1] == 5000
 
 
-def test_loader_is_the_same_with_and_without_workers(cases, cache):
+def test_loader_is_the_same_with_and_without_workers_and_takes_its_keys_anew(cases, cache):
     slices = list_slices(cases, cache, False)
     dataset = SliceDataset(cases, slices, cache, (32, "bilinear"), mode="flips", objects=Objects(1, 32, 32))
+    epochs = [epoch_keys(len(slices), 0, epoch, len(slices))[2:] for epoch in (0, 1)]
+    expected = [[dataset[key]["image"] for key in keys] for keys in epochs]
     batches = []
     for workers in (0, 2):
-        sampler = EpochSampler(len(slices), seed=0)
-        sampler.set_position(0, 2)
-        batches.append(list(make_loader(dataset, sampler, 3, workers)))
+        keys = []
+        loader = make_loader(dataset, keys, 3, workers)
+        for epoch, images in zip(epochs, expected):
+            keys[:] = epoch
+            batches.append(list(loader))
+            assert torch.equal(torch.cat([batch["image"] for batch in batches[-1]]), torch.stack(images))
     assert [len(batch["image"]) for batch in batches[0]] == [3, 3, 1]
-    assert all(same(a, b) for a, b in zip(*batches, strict=True))
+    assert all(same(a, b) for one, two in zip(batches[:2], batches[2:]) for a, b in zip(one, two, strict=True))

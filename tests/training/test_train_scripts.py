@@ -216,14 +216,15 @@ def test_bad_input_is_one_line_and_status_1(bench, tmp_path, capsys):
 
 def test_the_teacher_is_asked_once_for_each_answer_that_is_kept(bench, tmp_path):
     torch.manual_seed(3)
-    teacher, images = train_distill.Teacher(bench / "teacher.pth"), torch.rand(2, 3, 64, 64)
+    teacher, images = train_distill.read_teacher(bench / "teacher.pth"), torch.rand(2, 3, 64, 64)
     batch = {"teacher_image": images, "embedding_file": [str(tmp_path / "a" / "0.npy"), ""]}
-    first = teacher(batch)
-    expected = teacher.network.image_encoder(images)
+    first = train_distill.teach(teacher, batch)
+    expected = teacher.image_encoder(images)
     assert torch.allclose(first, expected, atol=1e-2) and torch.equal(first[0].half().float(), first[0])
-    teacher.network.image_encoder = nn.Identity()                                          # no answer comes from it now
+    teacher.image_encoder = nn.Identity()                                                  # no answer comes from it now
     batch["teacher_image"] = expected
-    assert torch.equal(teacher(batch)[0], first[0]) and torch.equal(teacher(batch)[1], expected[1])
+    again = train_distill.teach(teacher, batch)
+    assert torch.equal(again[0], first[0]) and torch.equal(again[1], expected[1])
     assert [path.name for path in tmp_path.rglob("*.npy")] == ["0.npy"]
 
 

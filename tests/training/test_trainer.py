@@ -159,7 +159,8 @@ def test_two_processes_equal_one(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    runs = [run_as_script([*options, str(tmp_path / "two"), "--bs", "2"], RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2",
+    odd = ["--samples-per-epoch", "11"]                                        # of which both compute equally many
+    runs = [run_as_script([*options, str(tmp_path / "two"), "--bs", "2", *odd], RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2",
                           MASTER_PORT=port, MASTER_ADDR="localhost") for rank in "01"]      # what torchrun sets
     errors = [run.communicate(timeout=100)[1] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], errors
