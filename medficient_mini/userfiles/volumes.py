@@ -11,7 +11,6 @@ import os
 import re
 import zlib
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,18 +30,19 @@ TAGS = "0020|000e", "0008|103e"      # of a DICOM series: its identifier and des
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])                  # from ITK's axes, left, back and top, to NIfTI's, and back
 
 
-@dataclass
 class Grid:
-    """A file's voxel grid (I, J, K) and the slices (D, H, W) made of it.
+    """A file's voxel grid (I, J, K) and the slices (D, H, W) made of it, along the file's axis closest to `axis` of AXES.
 
     affine: float64 (4, 4), voxel indices to mm to the right, front and top. header: nibabel's, None of other formats.
     order: int (3,), the file axis behind slices, rows and columns. flip: bool (3,), whether each runs backward.
     """
-    shape: tuple[int, int, int]
-    affine: np.ndarray
-    header: object
-    order: np.ndarray
-    flip: np.ndarray
+
+    def __init__(self, shape: tuple[int, int, int], affine: np.ndarray, axis: str, header=None):
+        from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+        self.shape, self.affine, self.header = shape, affine, header
+        # Of slices, rows and columns the file axis behind each, and whether it runs the same way (1) or backward (-1).
+        self.order, sense = ornt_transform(axcodes2ornt(AXES[axis]), io_orientation(affine)).astype(int).T
+        self.flip = sense < 0
 
     @property
     def spacing(self) -> np.ndarray:
@@ -67,14 +67,6 @@ class Grid:
         last = np.array(self.shape)[self.order] - 1.0
         # Where an axis runs backward the lower corner becomes the upper one.
         return np.where(self.flip, last - corners[:, ::-1], corners)[..., ::-1].reshape(-1, 6)
-
-
-def grid_of(shape, affine: np.ndarray, axis: str, header=None) -> Grid:
-    """Find the slices along an anatomical axis (a key of AXES) that lie closest to the axes of a file."""
-    from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
-    # For slices, rows and columns the file axis behind each, and whether it runs the same way (1) or backward (-1).
-    order, sense = ornt_transform(axcodes2ornt(AXES[axis]), io_orientation(affine)).astype(int).T
-    return Grid(shape, affine, header, order, sense < 0)
 
 
 def is_dicom(path: Path) -> bool:
@@ -216,7 +208,7 @@ def load_volume(path, axis: str = "axial", window: tuple[float, float] | None = 
     DICOM folder's, from 1. ValueError if the file is absent or damaged or holds no volume, or a series has gaps.
     """
     voxels, affine, header = _open(Path(path), series)
-    grid = grid_of(voxels.shape, affine, axis, header)
+    grid = Grid(voxels.shape, affine, axis, header)
     step = -(-math.prod(grid.shape) // SAMPLE)
     sample = [np.asarray(voxels[..., k]).ravel()[k % step::step].copy() for k in range(grid.shape[2])]
     low, high, text = intensity_range(np.concatenate(sample), window)
