@@ -26,12 +26,15 @@ IMAGES = (*PICTURES, *NIFTI, ".nrrd", *META)
 # What slices, rows and columns run towards: Superior, Inferior, Left, Posterior.
 AXES = {"axial": "SPL", "coronal": "PIL", "sagittal": "LIP"}
 UNITS = {1: 1000.0, 3: 0.001}        # NIfTI's codes of metres and micrometres: mm in one. All else is in mm
+# The fields of a NIfTI header that say where its voxels lie: both affines, in their unit.
+GEOMETRY = ("pixdim xyzt_units qform_code sform_code quatern_b quatern_c quatern_d qoffset_x qoffset_y qoffset_z "
+            "srow_x srow_y srow_z").split()
 TAGS = "0020|000e", "0008|103e"      # of a DICOM series: its identifier and description
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])                  # from ITK's axes, left, back and top, to NIfTI's, and back
 
 
 class Grid:
-    """A file's voxel grid (I, J, K) and the slices (D, H, W) made of it, along the file's axis closest to `axis` of AXES.
+    """A file's voxel grid (I, J, K) and the slices (D, H, W) made of it, as close as can be to an axis of AXES.
 
     affine: float64 (4, 4), voxel indices to mm to the right, front and top. header: nibabel's, None of other formats.
     order: int (3,), the file axis behind slices, rows and columns. flip: bool (3,), whether each runs backward.
@@ -232,7 +235,7 @@ def load_labels(path: Path, grid: Grid) -> np.ndarray:
 def save_labels(path, segs: np.ndarray, grid: Grid) -> None:
     """Write labels (D, H, W), uint8 or uint16, on a file's own grid, as NIfTI, NRRD or MetaImage.
 
-    No text of the file's header is kept: a patient's name may stand there. NRRD gets 3D Slicer's names and colours.
+    Of the header only geometry is kept: a patient's name may stand there. NRRD gets 3D Slicer's names and colours.
     """
     array = grid.to_file(segs)
     with whole_file(path) as temporary:
@@ -240,16 +243,11 @@ def save_labels(path, segs: np.ndarray, grid: Grid) -> None:
             _save_itk(temporary, array, grid.affine)
             return
         import nibabel
-        header = grid.header.copy()
-        header.set_data_dtype(segs.dtype)
-        header["cal_min"] = header["cal_max"] = 0        # a display range of the image, not of labels
-        for field in set(header) - {"magic"}:
-            if header[field].dtype.kind == "S":          # text
-                header[field] = b""
-        header.extensions.clear()
-        kind = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
-        # Without an affine of ours the header's own ones stay as they are, in their unit.
-        nibabel.save(kind(array, None, header), temporary)
+        kind = nibabel.Nifti2Image if isinstance(grid.header, nibabel.Nifti2Header) else nibabel.Nifti1Image
+        image = kind(array, None)                        # without an affine of ours, the two of the header count
+        for field in GEOMETRY:
+            image.header[field] = grid.header[field]
+        nibabel.save(image, temporary)
 
 
 def _save_itk(path: Path, labels: np.ndarray, affine: np.ndarray) -> None:
