@@ -37,6 +37,7 @@ class Grid:
 
     affine: float64 (4, 4), voxel indices to mm to the right, front and top. header: nibabel's, None of other formats.
     order: int (3,), the file axis behind slices, rows and columns. flip: bool (3,), whether each runs backward.
+    size: int (3,), their numbers D, H, W.
     """
 
     def __init__(self, shape: tuple[int, int, int], affine: np.ndarray, axis: str, header=None):
@@ -44,7 +45,7 @@ class Grid:
         self.shape, self.affine, self.header = shape, affine, header
         # Of slices, rows and columns the file axis behind each, and whether it runs the same way (1) or backward (-1).
         self.order, sense = ornt_transform(axcodes2ornt(AXES[axis]), io_orientation(affine)).astype(int).T
-        self.flip = sense < 0
+        self.flip, self.size = sense < 0, np.take(shape, self.order)
 
     @property
     def spacing(self) -> np.ndarray:
@@ -57,7 +58,7 @@ class Grid:
 
     def to_slices(self, voxels, dtype, convert) -> np.ndarray:
         """Turn the file's numbers (I, J, K) to slices of another type, converting one slab (I, J) at a time."""
-        slices = np.empty(np.array(self.shape)[self.order], dtype)
+        slices = np.empty(self.size, dtype)
         in_file = self.to_file(slices)
         for k in range(self.shape[2]):
             in_file[..., k] = convert(np.asarray(voxels[..., k]))
@@ -65,10 +66,9 @@ class Grid:
 
     def boxes_to_slices(self, boxes: np.ndarray) -> np.ndarray:
         """Turn boxes (N, 6) i0 j0 k0 i1 j1 k1, voxel indices of the file, inclusive, into x0 y0 z0 x1 y1 z1."""
-        corners = np.reshape(boxes, (-1, 2, 3)).astype(np.float64)[..., self.order]    # (N, 2, zyx)
-        last = np.array(self.shape)[self.order] - 1.0
+        corners = np.reshape(boxes, (-1, 2, 3))[..., self.order]                       # (N, 2, zyx)
         # Where an axis runs backward the lower corner becomes the upper one.
-        return np.where(self.flip, last - corners[:, ::-1], corners)[..., ::-1].reshape(-1, 6)
+        return np.where(self.flip, self.size - 1.0 - corners[:, ::-1], corners)[..., ::-1].reshape(-1, 6)
 
 
 def is_dicom(path: Path) -> bool:
