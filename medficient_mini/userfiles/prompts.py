@@ -109,17 +109,17 @@ def list_user_files(arguments) -> tuple[dict[Path, list[list[float]]], list[str]
         return dict.fromkeys(files, arguments.box), []
     table, folder = read_boxes(arguments.boxes), source.parent if source in files else source
     names = {path: composed(path.relative_to(folder).as_posix()) for path in files}
-    chosen, there = {}, set(names.values())
+    chosen, there, found = {}, set(names.values()), set()
     for path, name in names.items():
         bare = composed(path.name)
         key = name if name in table or bare in there else bare
         if key in table:
             chosen[path] = table[key]
-            there.add(key)
+            found.add(key)
     if not chosen:
         raise ValueError(f"{source}: expected the files that {arguments.boxes.name} names, found none of them")
     lines = [f"{name}: file: expected in {source}, as {arguments.boxes.name} names it, found none"
-             for name in table if name not in there and folder == source]
+             for name in table if name not in found and folder == source]
     return chosen, lines
 
 
