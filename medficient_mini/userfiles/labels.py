@@ -1,7 +1,4 @@
-"""Label pictures in: which number of a mask picture is which object, or that none can be.
-
-Errors are ValueErrors of one line, "<file name>: gts: expected …, found …".
-"""
+"""Label pictures in: which number of a mask picture is which object, or that none can be."""
 from pathlib import Path
 
 import cv2

@@ -1,7 +1,4 @@
-"""Pictures (PNG, JPEG, TIFF, BMP) in, label pictures out, and how intensities become 0–255.
-
-Errors are ValueErrors of one line, "<file name>: <field>: expected …, found …".
-"""
+"""Pictures (PNG, JPEG, TIFF, BMP) in, label pictures out, and how intensities become 0–255."""
 import os
 import re
 import struct

@@ -2,7 +2,7 @@
 
 A volume is turned so that its slices lie along one anatomical axis and look as on a radiologist's screen (axial:
 slices upward, rows to the back, columns to the patient's left); `Grid` knows the way back. Both packages are imported
-where a file needs them. Errors are ValueErrors of one line, "<file name>: <field>: expected …, found …".
+where a file needs them.
 """
 import glob
 import math
