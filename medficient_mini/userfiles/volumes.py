@@ -37,7 +37,7 @@ class Grid:
 
     affine: float64 (4, 4), voxel indices to mm to the right, front and top. header: nibabel's, None of other formats.
     order: int (3,), the file axis behind slices, rows and columns. flip: bool (3,), whether each runs backward.
-    size: int (3,), their numbers D, H, W.
+    size: int (3,), their numbers D, H, W. spacing: float64 (3,), the mm between them.
     """
 
     def __init__(self, shape: tuple[int, int, int], affine: np.ndarray, axis: str, header=None):
@@ -46,11 +46,7 @@ class Grid:
         # Of slices, rows and columns the file axis behind each, and whether it runs the same way (1) or backward (-1).
         self.order, sense = ornt_transform(axcodes2ornt(AXES[axis]), io_orientation(affine)).astype(int).T
         self.flip, self.size = sense < 0, np.take(shape, self.order)
-
-    @property
-    def spacing(self) -> np.ndarray:
-        """The mm between voxels along (z, y, x) of the slices."""
-        return np.linalg.norm(self.affine[:3, :3], axis=0)[self.order]
+        self.spacing = np.linalg.norm(affine[:3, :3], axis=0)[self.order]
 
     def to_file(self, slices: np.ndarray) -> np.ndarray:
         """View slices (D, H, W) as the file's array (I, J, K)."""
