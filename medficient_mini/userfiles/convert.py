@@ -107,7 +107,7 @@ def convert_pair(image: Path, mask: Path, target: Path, arguments) -> tuple[int,
         imgs, grid, text = load_volume(image, arguments.axis, arguments.window, arguments.series)
         labels, spacing = load_labels(mask, grid), {"spacing": grid.spacing}
     # Beside the small numbers of classes the greatest number stands for "ignore"; 0, 128, 255 are labels all.
-    values = np.flatnonzero(np.bincount(labels.ravel()))
+    values = np.unique(labels)
     if len(values) > 2 and values[-1] in (255, 65535) and values[-2] < 64:
         highest, ignored = values[-2:]
         labels[labels == ignored] = 0

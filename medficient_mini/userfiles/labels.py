@@ -1,7 +1,4 @@
-"""Label pictures in: which number of a mask picture is which object, or that none can be.
-
-Errors are ValueErrors of one line, "<file name>: gts: expected …, found …".
-"""
+"""Label pictures in: which number of a mask picture is which object, or that none can be."""
 from pathlib import Path
 
 import cv2
@@ -62,7 +59,7 @@ def labels_of(pixels: np.ndarray, name: str) -> np.ndarray:
         return numbers
     # Edges are soft where no value between black and white fills 3 x 3 pixels; small ones are classes beside "ignore".
     between = (brightest > white // 4) & (brightest < white)
-    flat = cv2.erode(brightest, None) == cv2.dilate(brightest, None)
+    flat = cv2.morphologyEx(brightest, cv2.MORPH_GRADIENT, None) == 0
     soft = grey and found[-1] == white and between.any() and not (between & flat).any()
     if soft or len(found) > MOST_VALUES:
         raise ValueError(f"{name}: gts: expected labels or black and white, found {len(found)} grey values or colours, "
@@ -73,7 +70,7 @@ def labels_of(pixels: np.ndarray, name: str) -> np.ndarray:
 def whole_numbers(array: np.ndarray, name: str) -> np.ndarray:
     """Round numbers that are whole but for a file's scale factors (within 1e-3) to uint16 labels.
 
-    Those of 8 bits stay as they are. ValueError if one is not whole, negative, above 65535 or not finite.
+    Those of uint8 and uint16 stay as they are. ValueError if one is not whole, negative, above 65535 or not finite.
     """
     if array.dtype in (np.uint8, np.uint16):
         return array

@@ -94,9 +94,9 @@ class Picker:
 
     def render(self) -> np.ndarray:
         """Return what the window shows: RGB uint8, the picture in its scale and two lines of text below."""
-        boxes = [drawn.box if drawn.first <= self.z <= drawn.last else [np.nan] * 4 for drawn in self.objects]
-        boxes = np.reshape(boxes + self.dragged, (-1, 4))
-        picture = panel(self.slices[self.z], self.labels(), boxes, self.scale, fill=0.35)
+        hidden = np.full(4, np.nan)
+        boxes = [drawn.box if drawn.first <= self.z <= drawn.last else hidden for drawn in self.objects]
+        picture = panel(self.slices[self.z], self.labels(), boxes + self.dragged, self.scale, fill=0.35)
         canvas = cv2.copyMakeBorder(picture, 0, STRIP, 0, max(SHORTEST - picture.shape[1], 0), cv2.BORDER_CONSTANT)
         write(canvas, HELP, 6, len(picture) + 17, 0.4)
         if self.case.is_3d:

@@ -1,7 +1,4 @@
-"""Pictures (PNG, JPEG, TIFF, BMP) in, label pictures out, and how intensities become 0–255.
-
-Errors are ValueErrors of one line, "<file name>: <field>: expected …, found …".
-"""
+"""Pictures (PNG, JPEG, TIFF, BMP) in, label pictures out, and how intensities become 0–255."""
 import os
 import re
 import struct
@@ -75,7 +72,7 @@ def to_uint8(array: np.ndarray, low: float, high: float) -> np.ndarray:
     # 8 and 16 bits are exact in float32. Larger numbers far from zero would lose their differences there.
     kind = np.float32 if array.itemsize <= 2 else np.float64
     scaled = (array.astype(kind) - low) * 255 / ((high - low) or 1.0)
-    return np.nan_to_num(scaled.clip(0, 255) + 0.5, nan=0.0).astype(np.uint8)
+    return np.nan_to_num(scaled.clip(0, 255) + 0.5).astype(np.uint8)
 
 
 def load_picture(path: Path, window: tuple[float, float] | None = None) -> tuple[np.ndarray, str]:
@@ -123,16 +120,16 @@ def pages_of(data: bytes, flags: int = 0) -> tuple[np.ndarray, ...]:
     pages, flags = (), flags | cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH
     with hushed() as written, suppress(cv2.error):
         _, pages = cv2.imdecodemulti(np.frombuffer(data, np.uint8), flags)
-    return () if b"Corrupt JPEG" in written[0] or data[:4] in (b"II+\0", b"MM\0+") else pages
+    return () if b"Corrupt JPEG" in written or data[:4] in (b"II+\0", b"MM\0+") else pages
 
 
 @contextmanager
 def hushed():
-    """Hide what image libraries write on standard error, and give it as the one item of a list afterwards.
+    """Hide what image libraries write on standard error, and give it as a bytearray, which is filled afterwards.
 
     What is none of their COMPLAINTS is passed on: other threads may write too, as infer.py reads ahead.
     """
-    written, stderr = [], os.dup(2)
+    written, stderr = bytearray(), os.dup(2)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
         try:
@@ -141,16 +138,16 @@ def hushed():
             os.dup2(stderr, 2)
             os.close(stderr)
             file.seek(0)
-            written.append(file.read())
-            os.write(2, COMPLAINTS.sub(b"", written[0]))
+            written += file.read()
+            os.write(2, COMPLAINTS.sub(b"", written))
 
 
 def save_label_picture(path, segs: np.ndarray) -> None:
     """Write integer labels (H, W) as a PNG: up to 255 by a palette in the overlay's colours, more in 16 bits."""
-    count = int(segs.max()) + 1
-    png = cv2.imencode(".png", segs.astype(np.min_scalar_type(count - 1)))[1].tobytes()
-    if count <= 256:
-        png = with_colour_type(png, 3, png_chunk(b"PLTE", colours(count).tobytes()))
+    highest = int(segs.max())
+    png = cv2.imencode(".png", segs.astype(np.min_scalar_type(highest)))[1].tobytes()
+    if highest < 256:
+        png = with_colour_type(png, 3, png_chunk(b"PLTE", colours(highest + 1).tobytes()))
     with whole_file(path) as temporary:
         temporary.write_bytes(png)
 

@@ -81,17 +81,17 @@ def read_boxes(path: Path) -> dict[str, list[list[float]]]:
     table = {}
     for number, row in enumerate(csv.reader(lines, delimiter=delimiter), 1):
         row = [cell.strip() for cell in row]
-        name, *cells = row or [""]
-        heading = number == 1 and " ".join(cells).lower().replace("_", "") in HEADINGS
-        if any(row) and not heading:
-            try:
-                box = [float(cell) for cell in cells]
-            except ValueError:
-                box = []
-            if not name or len(box) not in (4, 6):
-                raise ValueError(f"{path.name}: line {number}: expected a file and x0 y0 x1 y1 or i0 j0 k0 i1 j1 k1, "
-                                 f"found {delimiter.join(row)}")
-            table.setdefault(composed(name.replace("\\", "/")), []).append(box)
+        if not any(row) or number == 1 and " ".join(row[1:]).lower().replace("_", "") in HEADINGS:
+            continue
+        name, *cells = row
+        try:
+            box = [float(cell) for cell in cells]
+        except ValueError:
+            box = []
+        if not name or len(box) not in (4, 6):
+            raise ValueError(f"{path.name}: line {number}: expected a file and x0 y0 x1 y1 or i0 j0 k0 i1 j1 k1, "
+                             f"found {delimiter.join(row)}")
+        table.setdefault(composed(name.replace("\\", "/")), []).append(box)
     if not table:
         raise ValueError(f"{path.name}: file: expected lines of file and box, found none")
     return table
@@ -109,17 +109,17 @@ def list_user_files(arguments) -> tuple[dict[Path, list[list[float]]], list[str]
         return dict.fromkeys(files, arguments.box), []
     table, folder = read_boxes(arguments.boxes), source.parent if source in files else source
     names = {path: composed(path.relative_to(folder).as_posix()) for path in files}
-    chosen, there = {}, set(names.values())
+    chosen, there, found = {}, set(names.values()), set()
     for path, name in names.items():
         bare = composed(path.name)
         key = name if name in table or bare in there else bare
         if key in table:
             chosen[path] = table[key]
-            there.add(key)
+            found.add(key)
     if not chosen:
         raise ValueError(f"{source}: expected the files that {arguments.boxes.name} names, found none of them")
     lines = [f"{name}: file: expected in {source}, as {arguments.boxes.name} names it, found none"
-             for name in table if name not in there and folder == source]
+             for name in table if name not in found and folder == source]
     return chosen, lines
 
 
@@ -133,7 +133,7 @@ def read_user_case(path: Path, boxes: list[list[float]], arguments) -> Case:
         case.image, case.intensity = load_picture(path, arguments.window)
         case.boxes, case.warnings = check_boxes(boxes, case.shape, path.name)
         if points:
-            labels = np.repeat([1, 0], [len(arguments.point), len(arguments.background)])
+            labels = [1] * len(arguments.point) + [0] * len(arguments.background)
             case.points, case.point_labels = check_points(points, labels, case.shape)
             if not boxes:
                 case.warnings.append(
@@ -145,14 +145,14 @@ def read_user_case(path: Path, boxes: list[list[float]], arguments) -> Case:
     if arguments.z is None and any(len(box) == 4 for box in boxes):
         raise ValueError("boxes: expected 6 numbers i0 j0 k0 i1 j1 k1 in a volume, or --z with boxes of 4, found 4")
     case.volume, grid, case.intensity = load_volume(path, arguments.axis, arguments.window, arguments.series)
-    case.grid, case.spacing, axis = grid, grid.spacing, grid.order[0]          # of the file, that slices lie along
-    boxes = [box if len(box) == 6 else np.insert(np.reshape(box, (2, 2)), axis, arguments.z, axis=1).ravel()
+    case.grid, case.spacing = grid, grid.spacing
+    boxes = [box if len(box) == 6 else np.insert(np.reshape(box, (2, 2)), grid.order[0], arguments.z, axis=1).ravel()
              for box in boxes]
     checked, case.warnings = check_boxes(boxes, grid.shape[::-1], path.name)
     case.boxes = grid.boxes_to_slices(checked)
     if arguments.slice is not None:
-        drawn = grid.shape[axis] - 1 - arguments.slice if grid.flip[0] else arguments.slice
-        case.drawn_slice = np.full(len(case.boxes), drawn)
+        drawn = grid.boxes_to_slices([arguments.slice] * 6)[0, 2]
+        case.drawn_slice = np.full(len(case.boxes), drawn, int)
     return case
 
 

@@ -2,16 +2,14 @@
 
 A volume is turned so that its slices lie along one anatomical axis and look as on a radiologist's screen (axial:
 slices upward, rows to the back, columns to the patient's left); `Grid` knows the way back. Both packages are imported
-where a file needs them. Errors are ValueErrors of one line, "<file name>: <field>: expected …, found …".
+where a file needs them.
 """
 import glob
-import gzip
 import math
 import os
 import re
 import zlib
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,27 +25,28 @@ IMAGES = (*PICTURES, *NIFTI, ".nrrd", *META)
 # What slices, rows and columns run towards: Superior, Inferior, Left, Posterior.
 AXES = {"axial": "SPL", "coronal": "PIL", "sagittal": "LIP"}
 UNITS = {1: 1000.0, 3: 0.001}        # NIfTI's codes of metres and micrometres: mm in one. All else is in mm
+# The fields of a NIfTI header that say where its voxels lie: both affines, in their unit.
+GEOMETRY = ("pixdim xyzt_units qform_code sform_code quatern_b quatern_c quatern_d qoffset_x qoffset_y qoffset_z "
+            "srow_x srow_y srow_z").split()
 TAGS = "0020|000e", "0008|103e"      # of a DICOM series: its identifier and description
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])                  # from ITK's axes, left, back and top, to NIfTI's, and back
 
 
-@dataclass
 class Grid:
-    """A file's voxel grid (I, J, K) and the slices (D, H, W) made of it.
+    """A file's voxel grid (I, J, K) and the slices (D, H, W) made of it, as close as can be to an axis of AXES.
 
     affine: float64 (4, 4), voxel indices to mm to the right, front and top. header: nibabel's, None of other formats.
     order: int (3,), the file axis behind slices, rows and columns. flip: bool (3,), whether each runs backward.
+    size: int (3,), their numbers D, H, W. spacing: float64 (3,), the mm between them.
     """
-    shape: tuple[int, int, int]
-    affine: np.ndarray
-    header: object
-    order: np.ndarray
-    flip: np.ndarray
 
-    @property
-    def spacing(self) -> np.ndarray:
-        """The mm between voxels along (z, y, x) of the slices."""
-        return np.linalg.norm(self.affine[:3, :3], axis=0)[self.order]
+    def __init__(self, shape: tuple[int, int, int], affine: np.ndarray, axis: str, header=None):
+        from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+        self.shape, self.affine, self.header = shape, affine, header
+        # Of slices, rows and columns the file axis behind each, and whether it runs the same way (1) or backward (-1).
+        self.order, sense = ornt_transform(axcodes2ornt(AXES[axis]), io_orientation(affine)).astype(int).T
+        self.flip, self.size = sense < 0, np.take(shape, self.order)
+        self.spacing = np.linalg.norm(affine[:3, :3], axis=0)[self.order]
 
     def to_file(self, slices: np.ndarray) -> np.ndarray:
         """View slices (D, H, W) as the file's array (I, J, K)."""
@@ -55,7 +54,7 @@ class Grid:
 
     def to_slices(self, voxels, dtype, convert) -> np.ndarray:
         """Turn the file's numbers (I, J, K) to slices of another type, converting one slab (I, J) at a time."""
-        slices = np.empty(np.array(self.shape)[self.order], dtype)
+        slices = np.empty(self.size, dtype)
         in_file = self.to_file(slices)
         for k in range(self.shape[2]):
             in_file[..., k] = convert(np.asarray(voxels[..., k]))
@@ -63,18 +62,9 @@ class Grid:
 
     def boxes_to_slices(self, boxes: np.ndarray) -> np.ndarray:
         """Turn boxes (N, 6) i0 j0 k0 i1 j1 k1, voxel indices of the file, inclusive, into x0 y0 z0 x1 y1 z1."""
-        corners = np.reshape(boxes, (-1, 2, 3)).astype(np.float64)[..., self.order]    # (N, 2, zyx)
-        last = np.array(self.shape)[self.order] - 1.0
+        corners = np.reshape(boxes, (-1, 2, 3))[..., self.order]                       # (N, 2, zyx)
         # Where an axis runs backward the lower corner becomes the upper one.
-        return np.where(self.flip, last - corners[:, ::-1], corners)[..., ::-1].reshape(-1, 6)
-
-
-def grid_of(shape, affine: np.ndarray, axis: str, header=None) -> Grid:
-    """Find the slices along an anatomical axis (a key of AXES) that lie closest to the axes of a file."""
-    from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
-    # For slices, rows and columns the file axis behind each, and whether it runs the same way (1) or backward (-1).
-    order, sense = ornt_transform(axcodes2ornt(AXES[axis]), io_orientation(affine)).astype(int).T
-    return Grid(shape, affine, header, order, sense < 0)
+        return np.where(self.flip, self.size - 1.0 - corners[:, ::-1], corners)[..., ::-1].reshape(-1, 6)
 
 
 def is_dicom(path: Path) -> bool:
@@ -110,7 +100,7 @@ def _open_nifti(path: Path):
     """Open a NIfTI file: its numbers, not yet in memory, its affine in mm, and its header."""
     import nibabel
     nibabel.imageglobals.logger.setLevel("CRITICAL")              # our one line instead of its several
-    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+    with nibabel.openers.Opener(path) as file:
         size = file.seek(0, os.SEEK_END)                          # gzip reads all for it, and checks the checksum
     image = nibabel.load(path, keep_file_open=True)
     end = image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize
@@ -216,7 +206,7 @@ def load_volume(path, axis: str = "axial", window: tuple[float, float] | None = 
     DICOM folder's, from 1. ValueError if the file is absent or damaged or holds no volume, or a series has gaps.
     """
     voxels, affine, header = _open(Path(path), series)
-    grid = grid_of(voxels.shape, affine, axis, header)
+    grid = Grid(voxels.shape, affine, axis, header)
     step = -(-math.prod(grid.shape) // SAMPLE)
     sample = [np.asarray(voxels[..., k]).ravel()[k % step::step].copy() for k in range(grid.shape[2])]
     low, high, text = intensity_range(np.concatenate(sample), window)
@@ -240,7 +230,7 @@ def load_labels(path: Path, grid: Grid) -> np.ndarray:
 def save_labels(path, segs: np.ndarray, grid: Grid) -> None:
     """Write labels (D, H, W), uint8 or uint16, on a file's own grid, as NIfTI, NRRD or MetaImage.
 
-    No text of the file's header is kept: a patient's name may stand there. NRRD gets 3D Slicer's names and colours.
+    Of the header only geometry is kept: a patient's name may stand there. NRRD gets 3D Slicer's names and colours.
     """
     array = grid.to_file(segs)
     with whole_file(path) as temporary:
@@ -248,16 +238,11 @@ def save_labels(path, segs: np.ndarray, grid: Grid) -> None:
             _save_itk(temporary, array, grid.affine)
             return
         import nibabel
-        header = grid.header.copy()
-        header.set_data_dtype(segs.dtype)
-        header["cal_min"] = header["cal_max"] = 0        # a display range of the image, not of labels
-        for field in set(header) - {"magic"}:
-            if header[field].dtype.kind == "S":          # text
-                header[field] = b""
-        header.extensions.clear()
-        kind = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
-        # Without an affine of ours the header's own ones stay as they are, in their unit.
-        nibabel.save(kind(array, None, header), temporary)
+        kind = nibabel.Nifti2Image if isinstance(grid.header, nibabel.Nifti2Header) else nibabel.Nifti1Image
+        image = kind(array, None)                        # without an affine of ours, the two of the header count
+        for field in GEOMETRY:
+            image.header[field] = grid.header[field]
+        nibabel.save(image, temporary)
 
 
 def _save_itk(path: Path, labels: np.ndarray, affine: np.ndarray) -> None:

@@ -100,6 +100,11 @@ def test_the_table_chooses_the_files(tmp_path, picture):
     assert len(wrong) == 1 and wrong[0].startswith("e.png: ")
     table.write_text("a.png,1,2,3,4\n")
     assert list(list_user_files(parse(f"--boxes {table}", tmp_path))[0]) == [picture]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/c.png").write_bytes(picture.read_bytes())
+    table.write_text("c.png,1,2,3,4\n")
+    assert list_user_files(parse(f"--boxes {table}", tmp_path)) == (
+        {tmp_path / name: [[1, 2, 3, 4]] for name in ("other/c.png", "sub/c.png")}, [])
     table.write_text("e.png,1,2,3,4\n")
     with pytest.raises(ValueError, match="found none of them"):
         list_user_files(parse(f"--boxes {table}", tmp_path))

@@ -8,7 +8,7 @@ import pytest
 
 from medficient_mini.inference.npz import check_boxes
 from medficient_mini.userfiles import volumes
-from medficient_mini.userfiles.volumes import grid_of, load_labels, load_volume, save_labels
+from medficient_mini.userfiles.volumes import Grid, load_labels, load_volume, save_labels
 from medficient_mini.userfiles.pictures import intensity_range, to_uint8
 
 RNG = np.random.default_rng(0)
@@ -60,9 +60,9 @@ def test_all_48_orientations_show_the_same_slices(tmp_path, axis):
 
 
 def test_boxes_keep_their_lower_corner_and_inverted_ones_stay_inverted():
-    grid = grid_of((5, 6, 7), np.diag([-1.0, -1, 1, 1]), "coronal")
+    grid = Grid((5, 6, 7), np.diag([-1.0, -1, 1, 1]), "coronal")
     assert grid.boxes_to_slices([[0, 1, 2, 3, 3, 4]]).tolist() == [[0, 2, 1, 3, 4, 3]]
-    assert grid_of((5, 6, 7), np.eye(4), "axial").boxes_to_slices([[0, 1, 2, 3, 3, 4]]).tolist() == [[1, 2, 2, 4, 4, 4]]
+    assert Grid((5, 6, 7), np.eye(4), "axial").boxes_to_slices([[0, 1, 2, 3, 3, 4]]).tolist() == [[1, 2, 2, 4, 4, 4]]
     for box in ([3, 0, 0, 1, 4, 4], [0, 4, 0, 1, 1, 4], [0, 0, 4, 1, 1, 2]):
         with pytest.raises(ValueError, match="lower corner"):
             check_boxes(grid.boxes_to_slices([box]), (6, 7, 5), "a")
@@ -220,7 +220,7 @@ def test_checksums_are_read(tmp_path):                                          
 
 def test_mismatched_masks_are_one_line(tmp_path):
     affine = np.diag([-1.0, -1, 2, 1])
-    grid = grid_of((4, 5, 6), affine, "axial")
+    grid = Grid((4, 5, 6), affine, "axial")
     path = tmp_path / "m.nii"
 
     def load(path):
@@ -242,7 +242,7 @@ def test_labels_through_a_scale_factor(tmp_path):                               
     data[112:120] = struct.pack("<ff", 0.9999999, 0)                       # scl_slope, scl_inter
     path.write_bytes(data)
     assert 0 < np.abs(np.asarray(nib.load(path).dataobj) - labels).max() < 1e-3
-    assert (load_labels(path, grid_of((4, 5, 6), UPRIGHT, "axial")) == labels.transpose(2, 1, 0)).all()
+    assert (load_labels(path, Grid((4, 5, 6), UPRIGHT, "axial")) == labels.transpose(2, 1, 0)).all()
 
 
 def test_without_nibabel_one_line_says_how_to_get_it(tmp_path, monkeypatch):
