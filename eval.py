@@ -11,7 +11,6 @@ import argparse
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
@@ -19,8 +18,8 @@ import numpy as np
 
 from medficient_mini.evaluation.metrics import case_scores
 from medficient_mini.evaluation.report import add_seconds, markdown, metrics_csv, summary_csv
-from medficient_mini.files import first_line, whole_file
-from medficient_mini.inference.names import composed, show_any_name
+from medficient_mini.files import exit_status, first_line, whole_file
+from medficient_mini.inference.names import composed
 from medficient_mini.inference.npz import list_cases, modality_of, read_case, read_labels
 from medficient_mini.show.draw import compare_row, save_png
 from medficient_mini.show.progress import ProgressBar
@@ -51,19 +50,11 @@ def parse_arguments(argv):
 
 def main(argv=None) -> int:
     """Run the script with these arguments (default: the command line's); return the exit status."""
-    show_any_name()
-    try:
-        return evaluate(parse_arguments(argv))
-    except (ValueError, OSError, BrokenProcessPool) as error:
-        print(first_line(error), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    return exit_status(lambda: evaluate(parse_arguments(argv)))
 
 
 def evaluate(arguments) -> int:
-    """Score, write the tables, draw; return 1 if anything was wrong with an input, else 0."""
+    """Score, write the tables, draw; return how many things were wrong with the input."""
     folders, problems, hints = named_folders(arguments.segs), [], []
     truths = files_by_name(arguments.gts, problems)
     masks = {name: files_by_name(folder, problems) for name, folder in folders.items()}
@@ -100,7 +91,7 @@ def evaluate(arguments) -> int:
         draw_figures(arguments.figure / (name * (not single)), rows, problems)
     for line in problems + hints:
         print(line, file=sys.stderr)
-    return int(bool(problems))
+    return len(problems)
 
 
 def named_folders(arguments):

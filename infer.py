@@ -18,10 +18,9 @@ import cv2
 import torch
 
 from medficient_mini.cpu.fast import PRECISIONS
-from medficient_mini.files import first_line
+from medficient_mini.files import exit_status, first_line
 from medficient_mini.inference.checkpoint import load_model, resolve
 from medficient_mini.inference.compose import OVERLAPS
-from medficient_mini.inference.names import show_any_name
 from medficient_mini.inference.npz import list_cases, read_case, read_labels
 from medficient_mini.inference.origin import digest, made_with, what_changed
 from medficient_mini.inference.predictor import segment_image
@@ -67,6 +66,23 @@ def parse_arguments(argv=None):
         help="z_max of a volume's box is the slice after the last (the MedficientSAM authors' reading)")
     add_prompt_options(parser)
     return parser.parse_args(argv)
+
+
+def check(arguments):
+    """Return the arguments, checked, with the threads set that they name. ValueError for what cannot be."""
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise ValueError(f"--threads: expected a number above 0, found {arguments.threads}")
+        torch.set_num_threads(arguments.threads)
+        cv2.setNumThreads(arguments.threads)
+    try:
+        torch.device(arguments.device)
+    except RuntimeError:
+        raise ValueError(f"--device: expected cpu, cuda, cuda:1, …, found {arguments.device}") from None
+    check_prompts(arguments)
+    if arguments.pick:
+        require_display()
+    return arguments
 
 
 def share_of(part: str | None) -> tuple[int, int]:
@@ -217,29 +233,9 @@ def run(arguments) -> int:
 
 def main(argv=None) -> int:
     """Do what the command line says and return the exit status: 1 if a case or all failed, 130 if interrupted."""
-    show_any_name()
     share_heap()
-    arguments = parse_arguments(argv)
-    try:
-        if arguments.threads is not None:
-            if arguments.threads < 1:
-                raise ValueError(f"--threads: expected a number above 0, found {arguments.threads}")
-            torch.set_num_threads(arguments.threads)
-            cv2.setNumThreads(arguments.threads)
-        try:
-            torch.device(arguments.device)
-        except RuntimeError:
-            raise ValueError(f"--device: expected cpu, cuda, cuda:1, …, found {arguments.device}") from None
-        check_prompts(arguments)
-        if arguments.pick:
-            require_display()
-        return 1 if run(arguments) else 0
-    except Exception as error:
-        print(first_line(error), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on with the cases that are left", file=sys.stderr)
-        return 130
+    return exit_status(lambda: run(check(parse_arguments(argv))),
+                       "stopped; the same command goes on with the cases that are left")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from functools import partial
 from torch import nn
 
 from medficient_mini.inference.checkpoint import load_model
-from medficient_mini.training.cases import with_neighbours
 from medficient_mini.training.losses import decode_boxes, dsc, finetune_loss
 from medficient_mini.training.options import (add_option, common_parser, modality_means, read_data, run_script,
                                               single_batches)
@@ -70,8 +69,6 @@ def train(arguments, world):
     model = world.to_device(load_model(arguments.weights, arguments.decoder_weights))
     dataset, validation = read_data(arguments, world, model, labelled=True)
     dataset.mode = arguments.augment
-    if arguments.in_use:
-        dataset.slices = with_neighbours(dataset.cases, dataset.slices)
     return Trainer(arguments, world, Finetuning(arguments, world, model, validation), dataset).fit()
 
 

@@ -1,4 +1,4 @@
-"""The few lines that every room shares: finding files, writing one whole or not at all, the one line of an error."""
+"""The few lines that every room shares: finding files, writing one whole or not at all, a script's end."""
 import os
 import sys
 import uuid
@@ -57,6 +57,29 @@ def whole_file(path):
 def first_line(error) -> str:
     """Return the first line of an error's message, its type where it has none: what a user is shown."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def show_any_name() -> None:
+    """Let stdout and stderr write what their encoding lacks, as in names that are no UTF-8, as \\u… instead."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def exit_status(work, stopped: str = "stopped") -> int:
+    """Return a script's exit status: 1 where work() returns a number of failures or raises an error, 130 after Ctrl-C.
+
+    The error costs one line on stderr; `stopped` is the line after Ctrl-C.
+    """
+    show_any_name()
+    try:
+        return 1 if work() else 0
+    except Exception as error:
+        print(first_line(error), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(stopped, file=sys.stderr)
+        return 130
 
 
 def stray_kind(path) -> str:

@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..files import first_line, whole_file
+from ..files import exit_status, whole_file
 from ..inference.checkpoint import load_model
 from ..inference.geometry import to_network
 from ..inference.npz import list_cases, modality_of, read_case
@@ -191,8 +191,8 @@ def network_inputs(folder: str, count: int, size: int) -> list[Tensor]:
     return inputs
 
 
-def main(argv=None) -> int:
-    """Write an 8-bit checkpoint; 1 with a line on stderr where the weights or cases do not serve."""
+def write_checkpoint(argv) -> None:
+    """Write an 8-bit checkpoint as the command line says. ValueError where the weights or cases do not serve."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-w", "--weights", required=True, help="checkpoint of an EfficientViT network")
     parser.add_argument("--decoder-weights", help="checkpoint whose decoder completes a bare encoder")
@@ -200,20 +200,20 @@ def main(argv=None) -> int:
     parser.add_argument("-o", "--output", required=True, type=Path, help="file to write")
     parser.add_argument("--count", type=int, default=4, help="cases of each modality to calibrate on")
     arguments = parser.parse_args(argv)
-    try:
-        model = load_model(arguments.weights, arguments.decoder_weights)
-        if not isinstance(model.image_encoder, EfficientViTSam):
-            raise ValueError(f"{arguments.weights}: int8: expected an EfficientViT network, found {model.name}")
-        inputs = network_inputs(arguments.input, arguments.count, model.image_size)
-        content = {"network": model.name, "model": pack_state(model.state_dict()),
-                   "calibration": calibrate(model.image_encoder, inputs)}
-        with whole_file(arguments.output) as temporary:
-            torch.save(content, temporary)
-    except (ValueError, OSError) as error:
-        print(first_line(error), file=sys.stderr)
-        return 1
+    model = load_model(arguments.weights, arguments.decoder_weights)
+    if not isinstance(model.image_encoder, EfficientViTSam):
+        raise ValueError(f"{arguments.weights}: int8: expected an EfficientViT network, found {model.name}")
+    inputs = network_inputs(arguments.input, arguments.count, model.image_size)
+    content = {"network": model.name, "model": pack_state(model.state_dict()),
+               "calibration": calibrate(model.image_encoder, inputs)}
+    with whole_file(arguments.output) as temporary:
+        torch.save(content, temporary)
     print(f"{arguments.output}: activation ranges of {len(inputs)} images")
-    return 0
+
+
+def main(argv=None) -> int:
+    """Run the command line; return 1, with a line on stderr, where it failed."""
+    return exit_status(lambda: write_checkpoint(argv))
 
 
 if __name__ == "__main__":

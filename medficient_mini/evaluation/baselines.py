@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import first_line
-from ..inference.names import show_any_name
+from ..files import exit_status
 from ..inference.npz import list_cases, read_case, write_segs
 from ..show.progress import ProgressBar
 
@@ -26,32 +25,31 @@ def fill(shape: tuple[int, ...], boxes: np.ndarray, ellipse: bool) -> np.ndarray
     return segs
 
 
-def main(argv=None) -> int:
-    """Run the script; return 1 if a case failed, else 0."""
-    show_any_name()
+def fill_cases(argv) -> int:
+    """Do what the command line says; return how many cases failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-i", "--input", required=True, help="folder of NPZ cases, or one")
     parser.add_argument("-o", "--output", required=True, type=Path, help="folder for the masks")
     parser.add_argument("--shape", choices=("box", "ellipse"), default="ellipse", help="default: %(default)s")
     arguments = parser.parse_args(argv)
-    status = 0
-    try:
-        paths = list_cases(arguments.input)
-        if arguments.output.resolve() in {path.resolve().parent for path in paths}:
-            raise ValueError(f"{arguments.output}: expected another folder than the cases'")
-        for path in (bar := ProgressBar(paths, len(paths), "filling")):
-            try:
-                case = read_case(path)
-                write_segs(arguments.output / path.name, fill(case.shape, case.boxes, arguments.shape == "ellipse"))
-                lines = case.warnings
-            except ValueError as error:
-                lines, status = [str(error)], 1
-            for line in lines:
-                bar.write(line)
-    except (ValueError, OSError) as error:
-        print(first_line(error), file=sys.stderr)
-        return 1
-    return status
+    paths, failed = list_cases(arguments.input), 0
+    if arguments.output.resolve() in {path.resolve().parent for path in paths}:
+        raise ValueError(f"{arguments.output}: expected another folder than the cases'")
+    for path in (bar := ProgressBar(paths, len(paths), "filling")):
+        try:
+            case = read_case(path)
+            write_segs(arguments.output / path.name, fill(case.shape, case.boxes, arguments.shape == "ellipse"))
+            lines = case.warnings
+        except ValueError as error:
+            lines, failed = [str(error)], failed + 1
+        for line in lines:
+            bar.write(line)
+    return failed
+
+
+def main(argv=None) -> int:
+    """Run the script; return 1 if a case failed, else 0."""
+    return exit_status(lambda: fill_cases(argv))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""Names of files: which patient they tell, in which form they are compared, and how any of them can be shown."""
+"""Names of files: which patient they tell, and in which form they are compared."""
 import re
-import sys
 import unicodedata
 from pathlib import Path
 
@@ -18,13 +17,6 @@ NUMBERED = re.compile(r"""
             | (?<=_) (?! (?:19|20)\d\d[-_] ) \d+
             | (?<=-) (?! (?:19|20)\d\d[-_] ) \d{3,} )
           (?= (?: [-_] (?: [a-z]*\d+ | l | r | left | right | od | os ) )+ $ ) ) )""", re.IGNORECASE | re.VERBOSE)
-
-
-def show_any_name() -> None:
-    """Let stdout and stderr write what their encoding lacks, as in names that are no UTF-8, as \\u… instead."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def composed(name: str) -> str:

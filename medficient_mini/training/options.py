@@ -14,11 +14,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..inference.names import patient_of, show_any_name
+from ..files import show_any_name
+from ..inference.names import patient_of
 from ..machine import keep_memory
 from ..show.progress import ProgressBar
 from .augment import Objects
-from .cases import balance_weights, describe_patients, list_slices, scan_cases, split_cases
+from .cases import balance_weights, describe_patients, list_slices, scan_cases, split_cases, with_neighbours
 from .distributed import Distributed
 from .samples import SliceDataset
 from .trainer import say
@@ -157,6 +158,8 @@ def read_data(arguments, world, network, labelled, mask_size=None):
     with world.first_goes_ahead():                                             # the others find its work in the cache
         slices = list_slices(cases, cache, labelled)
         val_slices = list_slices(val_cases, cache, val_labelled)
+    if arguments.in_use and labelled:
+        slices = with_neighbours(cases, slices)                                # without labels all are there already
     if arguments.limit_samples:
         slices = draw_slices(cases, slices, arguments.limit_samples, arguments.seed)
     if not val_slices:

@@ -38,6 +38,7 @@ from .samples import epoch_keys, make_loader
 # All other options stay.
 MAY_CHANGE_ON_RESUME = ("resume out minutes steps epochs workers threads save_minutes log_steps device amp cache "
                         "cache_mb val_limit").split()
+DIVERGED = "training diverged; start again with another --out and a lower --lr or a --warmup"
 
 
 class Trainer:
@@ -156,7 +157,7 @@ class Trainer:
         lr = learning_rate(self.arguments, state.step, self.steps, state.scores)
         if not math.isfinite(loss + norm):
             raise ValueError(f"step {state.step + 1}: loss {loss}, gradient norm {norm} at learning rate {lr:.3g}: "
-                             "training diverged; start again with another --out and a lower --lr or a --warmup")
+                             + DIVERGED)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr
         self.optimizer.step()
@@ -180,6 +181,8 @@ class Trainer:
         with torch.no_grad(), self.world.autocast():
             scores = self.task.validate(self.result.eval())
         state.seconds += time.monotonic() - began
+        if not math.isfinite(scores[name]):                      # batch norm's statistics may hide it from the loss
+            raise ValueError(f"step {state.step}: {name} of the validation is {scores[name]}: {DIVERGED}")
         is_best = all(sign * scores[name] > other for other in state.scores)
         state.scores.append(sign * scores[name])
         state.epoch, state.position = state.epoch + 1, 0

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import first_line
-from ..inference.names import composed, show_any_name
+from ..files import exit_status, first_line
+from ..inference.names import composed
 from ..inference.npz import write_npz
 from ..show.progress import ProgressBar
 from .labels import load_label_picture
@@ -154,12 +154,7 @@ def convert(arguments) -> int:
 
 def main(argv=None) -> int:
     """Run the command line; return 1 if an image failed or an option was wrong."""
-    show_any_name()
-    try:
-        return 1 if convert(parse_arguments(argv)) else 0
-    except (ValueError, OSError) as error:
-        print(first_line(error), file=sys.stderr)
-        return 1
+    return exit_status(lambda: convert(parse_arguments(argv)))
 
 
 if __name__ == "__main__":

@@ -243,6 +243,13 @@ def test_diverged_loss_stops_and_keeps_the_checkpoint(tmp_path):
     assert saved["state"]["step"] == 3 and all(v.isfinite().all() for v in saved["model"].values())
 
 
+def test_a_validation_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(Tiny, "validate", lambda self, model: {"val_error": math.nan})
+    with pytest.raises(ValueError, match=r"step 3: val_error of the validation is nan: .*a lower --lr"):
+        tiny_run(["--out", str(tmp_path)]).fit()
+    assert not (tmp_path / "best.pt").exists()
+
+
 def no_space(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
