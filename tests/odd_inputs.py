@@ -98,7 +98,7 @@ def right_cases():
         "2D_CT_float.npz": image(imgs=grey + 0.25),
         "2D_CT_fractions.npz": image(imgs=grey / np.float32(255)),
         "2D_CT_fortran.npz": image(imgs=np.asfortranarray(grey.astype(">i4")), gts=np.asfortranarray(gts)),
-        "2D_CT_label-300.npz": image(gts=np.where(gts == 2, 300, gts)),
+        "2D_CT_label-300.npz": image(gts=np.where(gts == 2, np.uint16(300), gts)),
         "2D_CT_bool-gts.npz": image(gts=gts > 0, boxes=boxes[:1]),
         "2D_CT_no-box.npz": image(boxes=np.zeros(0), gts=0 * gts),
         "2D_CT_one-box.npz": image(boxes=boxes[0], gts=gts % 2),
