@@ -130,13 +130,11 @@ def describe_machine(busy_loops, free):
     """Tell what the figures depend on: processor, threads, free ones, load, the versions of torch and OpenVINO."""
     with contextlib.suppress(OSError):
         print(Path("/proc/cpuinfo").read_text().partition("model name")[2].partition("\n")[0].strip("\t :"), end=", ")
-    versions = f"torch {torch.__version__}, OpenVINO "
-    try:
-        versions += importlib.metadata.version("openvino")
-    except importlib.metadata.PackageNotFoundError:
-        versions += "not installed"
+    installed = importlib.util.find_spec("openvino")
+    openvino = importlib.metadata.version("openvino") if installed else "not installed"
     print(f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-          f"{free} of them free, load {os.getloadavg()[0]:.1f} and {busy_loops} busy loops, {versions}\n")
+          f"{free} of them free, load {os.getloadavg()[0]:.1f} and {busy_loops} busy loops, "
+          f"torch {torch.__version__}, OpenVINO {openvino}\n")
 
 
 class PromptedDecoder(nn.Module):

@@ -39,7 +39,7 @@ def encode(model, image: ndarray, as_sam: bool = False) -> Tensor:
     """Compute the embedding (1, 256, 64, 64) float32 of an image, uint8 (H, W) or (H, W, 3); see `sam_input`."""
     size = model.image_size
     x = sam_input(image, size) if as_sam else to_network(image, size, model.resize)
-    return model.image_encoder(x[None].to(next(model.parameters()).device)).float()
+    return model.image_encoder(x[None].to(next(model.parameters()).device))
 
 
 @torch.inference_mode()
