@@ -63,10 +63,9 @@ def boxes_to_network(boxes: ndarray, height: int, width: int, size: int) -> Tens
 @lru_cache(maxsize=2)                # 8 MB for 4000×4000 pixels; all slices of a volume share one pair
 def enlargement(height: int, width: int, size: int) -> tuple[Tensor, Tensor]:
     """Return SAM's linear `postprocess_masks` as two matrices: rows (height, 256) @ logits @ columns (width, 256).T."""
-    steps = F.interpolate(torch.eye(256)[None], size, mode="linear", align_corners=False)
-    rows, columns = (F.interpolate(steps[..., :scaled], length, mode="linear", align_corners=False)[0].T.contiguous()
-                     for scaled, length in zip(scaled_size(height, width, size), (height, width)))
-    return rows, columns
+    steps = F.interpolate(torch.eye(256)[None], size, mode="linear")
+    return tuple(F.interpolate(steps[..., :scaled], length, mode="linear")[0].T.contiguous()
+                 for scaled, length in zip(scaled_size(height, width, size), (height, width)))
 
 
 def enlarged_logits(logits: Tensor, height: int, width: int, size: int, region: Region) -> ndarray:

@@ -26,9 +26,8 @@ class Stopped(Exception):
 
 
 def segment_volume(model, volume: ndarray, boxes: ndarray, drawn_slice: ndarray | None = None,
-                   propagation: str = PROPAGATIONS[0], overlap: str = OVERLAPS[0], *,
-                   progress=None, should_stop=None, details: bool = False,
-                   separate: bool = False) -> ndarray | Composition:
+                   propagation: str = PROPAGATIONS[0], overlap: str = OVERLAPS[0], *, progress=None,
+                   should_stop=None, details: bool = False, separate: bool = False) -> ndarray | Composition:
     """Segment the objects in boxes of a volume: labels (D, H, W), where box k gives label k, counted from 1.
 
     Args:
