@@ -62,6 +62,12 @@ def decode_boxes(model, embedding: Tensor, boxes: Tensor) -> Tensor:
     return decode(model, embedding, boxes)[0][:, 0]
 
 
+def logits_of_boxes(model, image: ndarray, boxes: ndarray) -> Tensor:
+    """Return the logits (N, 256, 256) of boxes (N, 4) in pixels of an image, uint8 (H, W) or (H, W, 3)."""
+    prompts = boxes_to_network(boxes, *image.shape[:2], model.image_size)
+    return decode_boxes(model, encode(model, image), prompts)
+
+
 def segment_image(model, image: ndarray, boxes: ndarray, overlap: str = OVERLAPS[0], *,
                   details: bool = False, separate: bool = False) -> ndarray | Composition:
     """Segment the objects in boxes of an image: labels (H, W), where box k gives label k, counted from 1.
@@ -74,8 +80,7 @@ def segment_image(model, image: ndarray, boxes: ndarray, overlap: str = OVERLAPS
     boxes = checked_boxes(boxes, shape)
     found = Composition(shape, len(boxes), separate)
     if len(boxes):
-        prompts = boxes_to_network(boxes, *shape, model.image_size)
-        logits = decode_boxes(model, encode(model, image), prompts)
+        logits = logits_of_boxes(model, image, boxes)
         compose(found, np.arange(len(boxes)), logits, boxes, model.image_size, overlap)
     return found if details else found.labels
 

@@ -14,7 +14,7 @@ from ..machine import ahead, workers_on
 from .boxes import as_numbers
 from .compose import OVERLAPS, Composition, compose
 from .geometry import box_of_mask, boxes_to_network, logits_to_mask, scaled_size
-from .predictor import checked_boxes, checked_pixels, decode_boxes, encode
+from .predictor import checked_boxes, checked_pixels, decode_boxes, encode, logits_of_boxes
 
 PROPAGATIONS = ("sections", "published")
 KEPT = 256                           # embeddings, 4 MB each: 1 GB at most
@@ -82,17 +82,10 @@ def segment_sections(found: Composition, model, volume, boxes, drawn, overlap, w
     done side by side.
     """
     todo, flat = visits(len(volume), boxes[:, 2], boxes[:, 5]), boxes[:, [0, 1, 3, 4]]
-    segment = partial(segment_slice, model, volume, boxes, drawn)
-    decoded = ahead(segment, todo, workers_on(next(model.parameters()).device))
-    for (z, objects), logits in watch(decoded, len(todo)):
+    slices = [(model, volume[z], section_boxes(boxes[objects], z, drawn[objects])) for z, objects in todo]
+    decoded = zip(todo, ahead(logits_of_boxes, slices, workers_on(next(model.parameters()).device)))
+    for (z, objects), (_, logits) in watch(decoded, len(todo)):
         compose(found, objects, logits.result(), flat[objects], model.image_size, overlap, z)
-
-
-def segment_slice(model, volume, boxes, drawn, z: int, objects: ndarray) -> Tensor:
-    """Return the logits (n, 256, 256) of n of the objects, by their numbers (n,), on slice z."""
-    prompts = section_boxes(boxes[objects], z, drawn[objects])
-    prompts = boxes_to_network(prompts, *volume.shape[1:3], model.image_size)
-    return decode_boxes(model, encode(model, volume[z]), prompts)
 
 
 def visits(depth: int, first: ndarray, last: ndarray) -> list[tuple[int, ndarray]]:
