@@ -45,8 +45,7 @@ class FusedConv(nn.Module):
         """
         x, (weight, threads) = x.to(self.dtype, memory_format=torch.channels_last), self.packed
         if threads != torch.get_num_threads():     # oneDNN's best order depends on the size of the map and the threads
-            weight = weight.to_dense() if threads else weight
-            weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry, x.shape)
+            weight = torch.ops.mkldnn._reorder_convolution_weight(weight.to_dense(), *self.geometry, x.shape)
             self.packed = weight, torch.get_num_threads()
         if residual is not None and residual.dtype == self.dtype:
             residual = residual.contiguous(memory_format=torch.channels_last)
