@@ -130,13 +130,11 @@ def describe_machine(busy_loops, free):
     """Tell what the figures depend on: processor, threads, free ones, load, the versions of torch and OpenVINO."""
     with contextlib.suppress(OSError):
         print(Path("/proc/cpuinfo").read_text().partition("model name")[2].partition("\n")[0].strip("\t :"), end=", ")
-    versions = f"torch {torch.__version__}, OpenVINO "
-    try:
-        versions += importlib.metadata.version("openvino")
-    except importlib.metadata.PackageNotFoundError:
-        versions += "not installed"
+    installed = importlib.util.find_spec("openvino")
+    openvino = importlib.metadata.version("openvino") if installed else "not installed"
     print(f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-          f"{free} of them free, load {os.getloadavg()[0]:.1f} and {busy_loops} busy loops, {versions}\n")
+          f"{free} of them free, load {os.getloadavg()[0]:.1f} and {busy_loops} busy loops, "
+          f"torch {torch.__version__}, OpenVINO {openvino}\n")
 
 
 class PromptedDecoder(nn.Module):
@@ -211,18 +209,21 @@ def compare_forms(weights, folder, free):
     """Print what every form of one network takes, warm in this process and in cold ones."""
     threads = torch.get_num_threads()
     plain = load_model(weights)
-    forms = {form: to_fast(plain, form) for form in PRECISIONS[1:4 if plain.calibration else 3]}
-    forms = {"plain": plain} | {form: fast for form, fast in forms.items() if fast is not plain}     # what is lacking
-    options = {form: (INFER, "-o", f"{folder}/masks", "--overwrite", "--weights", weights, "--precision", form)
-               for form in list(forms)[1:]}
+    forms, commands = {"plain": plain}, []
+    for form in PRECISIONS[1:4 if plain.calibration else 3]:
+        fast = to_fast(plain, form)
+        if fast is not plain:                                                 # else something is lacking here
+            forms[form] = fast
+            commands.append((INFER, "-o", f"{folder}/masks", "--overwrite", "--weights", weights, "--precision", form))
     (image, boxes), volume = draw_case("2D"), draw_case("3D")
     prompts = boxes_to_network(boxes, *image.shape[:2], plain.image_size)
     x = to_network(image, plain.image_size, plain.resize)[None]
     if importlib.util.find_spec("openvino"):
         export_openvino(plain, x, folder)
-        for precision in [form for form in ("f32", "bf16") if form in forms]:
-            form, name = f"OpenVINO {precision}", plain.name
-            forms[form], options[form] = OpenVino(name, folder, precision), (COLD, name, folder, precision)
+        for precision in ("f32", "bf16"):
+            if precision in forms:
+                forms[f"OpenVINO {precision}"] = OpenVino(plain.name, folder, precision)
+                commands.append((COLD, plain.name, folder, precision))
     torch.set_num_threads(free)
     print_row(f"{NETWORKS[plain.name].title}: plain in seconds, others as ratio", *forms)
     print_row(*["---"] * (len(forms) + 1))
@@ -234,7 +235,7 @@ def compare_forms(weights, folder, free):
     torch.set_num_threads(threads)
     print_times("3D case, warm", forms, lambda form: segment_volume(form, *volume), ROUNDS_3D)
     for case in CASES:
-        cold = [run_cold(folder, case, *command) for command in options.values()]
+        cold = [run_cold(folder, case, *command) for command in commands]
         print_row(f"{case} case, cold", "–", *("{:.2f} s, {:.0f} MB".format(*found) for found in cold))
 
 

@@ -34,11 +34,9 @@ class FusedConv(nn.Module):
         self.geometry = conv.padding, conv.stride, conv.dilation, conv.groups
         self.packed = conv.weight.detach().to(dtype), 0                       # and the threads it is packed for
         self.bias = None if conv.bias is None else conv.bias.detach().to(dtype)
-        self.post = ("none", [], "") if act is None else ("gelu", [], act.approximate)
         # Without AVX-512 oneDNN's tanh takes longer than the passes of `gelu_`, and almost as long as a convolution.
-        self.gelu_after = self.post[-1] == "tanh" and dtype == torch.float32 and get_cpu_capability() == "AVX2"
-        if self.gelu_after:
-            self.post = ("none", [], "")
+        self.gelu_after = act is not None and dtype == torch.float32 and get_cpu_capability() == "AVX2"
+        self.post = ("none", [], "") if act is None or self.gelu_after else ("gelu", [], "tanh")
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Maps x (B, inputs, H, W) -> (B, outputs, H/stride, W/stride) in `dtype`, channels-last.
@@ -47,8 +45,7 @@ class FusedConv(nn.Module):
         """
         x, (weight, threads) = x.to(self.dtype, memory_format=torch.channels_last), self.packed
         if threads != torch.get_num_threads():     # oneDNN's best order depends on the size of the map and the threads
-            weight = weight.to_dense() if threads else weight
-            weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry, x.shape)
+            weight = torch.ops.mkldnn._reorder_convolution_weight(weight.to_dense(), *self.geometry, x.shape)
             self.packed = weight, torch.get_num_threads()
         if residual is not None and residual.dtype == self.dtype:
             residual = residual.contiguous(memory_format=torch.channels_last)

@@ -182,7 +182,7 @@ def network_inputs(folder: str, count: int, size: int) -> list[Tensor]:
     """Network inputs (1, 3, size, size) of `count` cases of each modality, evenly spaced; of volumes the middle slice."""
     groups, inputs = {}, []
     for path in list_cases(folder):
-        groups.setdefault(modality_of(path.name), []).append(path)
+        groups.setdefault(modality_of(path), []).append(path)
     for group in groups.values():
         for i in np.linspace(0, len(group) - 1, min(count, len(group)), dtype=int):
             case = read_case(group[i], need_boxes=False)

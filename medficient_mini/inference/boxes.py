@@ -37,11 +37,11 @@ def check_boxes(boxes, shape: tuple[int, ...], name: str, z_exclusive: bool = Fa
     size = "×".join(map(str, shape[::-1]))
     if axes == 3:
         boxes[:, 2::3] = np.rint(boxes[:, 2::3])                          # z0 and z1
-    if axes == 3 and z_exclusive:
-        several = lower[:, 2] < upper[:, 2]
-        upper[:, 2] -= several
-        if not several.all():
-            warnings.append(f"{name}: boxes: expected z0 < z1 where z1 is exclusive, found z0 = z1: one slice")
+        if z_exclusive:
+            several = lower[:, 2] < upper[:, 2]
+            upper[:, 2] -= several
+            if not several.all():
+                warnings.append(f"{name}: boxes: expected z0 < z1 where z1 is exclusive, found z0 = z1: one slice")
     for wanted, bad in (("finite numbers", ~np.isfinite(boxes)),
                         ("the lower corner before the upper", lower > upper),
                         (f"a box that touches the {size} pixels, counted from 0", (upper < 0) | (lower > last))):

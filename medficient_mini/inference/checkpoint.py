@@ -70,7 +70,7 @@ def resolve(weights) -> Path:
 
 
 class _Ignored:
-    """What is put in place of the objects below, so that not even their own code is run."""
+    """What is put in place of an object below, so that not even its own code is run."""
 
     def __init__(self, *arguments):
         pass
@@ -82,14 +82,12 @@ class _Ignored:
 BESIDE_TENSORS = """argparse.Namespace pathlib.PosixPath pathlib.WindowsPath pathlib._local.PosixPath
     pathlib._local.WindowsPath numpy.dtype numpy.ndarray numpy.core.multiarray.scalar numpy._core.multiarray.scalar
     numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct""".split()
-STAND_INS = [type(name, (_Ignored,), {"__module__": module})
-             for module, _, name in (path.rpartition(".") for path in BESIDE_TENSORS)]
 
 
 def read_torch(path):
     """Read a file of `torch.save` without running code. ValueError, one line, that says what else the file is."""
     try:
-        with torch.serialization.safe_globals(STAND_INS):
+        with torch.serialization.safe_globals([(_Ignored, name) for name in BESIDE_TENSORS]):
             content = torch.load(path, map_location="cpu", weights_only=True)
         if zipfile.is_zipfile(path):                             # torch compares no checksums
             with zipfile.ZipFile(path) as archive:

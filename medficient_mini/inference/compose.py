@@ -55,7 +55,7 @@ def lost_objects(found: Composition) -> list[str]:
 
 
 def compose(found: Composition, objects: ndarray, logits: Tensor, boxes: ndarray, size: int,
-            overlap: str = OVERLAPS[0], z: int | None = None) -> None:
+            overlap: str, z: int | None = None) -> None:
     """Share out the pixels of one picture, an image or slice z of a volume, among n of the N objects of `found`.
 
     `objects` are their numbers, int (n,), from 0 and ascending; logits (n, 256, 256) on the CPU are above 0 inside;

@@ -21,7 +21,7 @@ def made_with(files: list[Path], boxes, decisive: dict) -> str:
     return json.dumps({"input": digest(files), **decisive, "boxes": boxes})
 
 
-def what_changed(origin: str, result: Path, mask: Path | None = None) -> str:
+def what_changed(origin: str, result: Path, mask: Path | None) -> str:
     """Say what differs between what would make a result now (`made_with`) and what made it: "" where nothing does."""
     if not result.exists():
         return "new"

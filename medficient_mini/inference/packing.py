@@ -42,7 +42,7 @@ def quantize_rows(weight: Tensor, candidates: Tensor = SHRINK) -> tuple[Tensor, 
     """
     rows = weight.flatten(1)
     largest = rows.abs().amax(1, keepdim=True).clamp(min=1e-12)                           # (C, 1)
-    best, scale = torch.full_like(largest, torch.inf), largest / 127
+    best, scale = torch.inf, largest / 127
     for shrink in candidates:
         step = largest * shrink / 127
         error = ((rows / step).round().clamp(-127, 127) * step - rows).square().sum(1, keepdim=True)

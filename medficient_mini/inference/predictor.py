@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .boxes import check_boxes, check_points
 from .compose import OVERLAPS, Composition, compose
-from .geometry import boxes_to_network, logits_to_mask, postprocess_masks, sam_input, scaled_size, to_network
+from .geometry import boxes_to_network, enlargement, logits_to_mask, sam_input, scaled_size, to_network
 
 BATCH = 4                            # prompts decoded at once: larger batches take more memory and no less time
 
@@ -39,7 +39,7 @@ def encode(model, image: ndarray, as_sam: bool = False) -> Tensor:
     """Compute the embedding (1, 256, 64, 64) float32 of an image, uint8 (H, W) or (H, W, 3); see `sam_input`."""
     size = model.image_size
     x = sam_input(image, size) if as_sam else to_network(image, size, model.resize)
-    return model.image_encoder(x[None].to(next(model.parameters()).device)).float()
+    return model.image_encoder(x[None].to(next(model.parameters()).device))
 
 
 @torch.inference_mode()
@@ -62,6 +62,12 @@ def decode_boxes(model, embedding: Tensor, boxes: Tensor) -> Tensor:
     return decode(model, embedding, boxes)[0][:, 0]
 
 
+def logits_of_boxes(model, image: ndarray, boxes: ndarray) -> Tensor:
+    """Return the logits (N, 256, 256) of boxes (N, 4) in pixels of an image, uint8 (H, W) or (H, W, 3)."""
+    prompts = boxes_to_network(boxes, *image.shape[:2], model.image_size)
+    return decode_boxes(model, encode(model, image), prompts)
+
+
 def segment_image(model, image: ndarray, boxes: ndarray, overlap: str = OVERLAPS[0], *,
                   details: bool = False, separate: bool = False) -> ndarray | Composition:
     """Segment the objects in boxes of an image: labels (H, W), where box k gives label k, counted from 1.
@@ -74,8 +80,7 @@ def segment_image(model, image: ndarray, boxes: ndarray, overlap: str = OVERLAPS
     boxes = checked_boxes(boxes, shape)
     found = Composition(shape, len(boxes), separate)
     if len(boxes):
-        prompts = boxes_to_network(boxes, *shape, model.image_size)
-        logits = decode_boxes(model, encode(model, image), prompts)
+        logits = logits_of_boxes(model, image, boxes)
         compose(found, np.arange(len(boxes)), logits, boxes, model.image_size, overlap)
     return found if details else found.labels
 
@@ -187,7 +192,8 @@ class Predictor:
             point_labels = point_labels.int()                            # of booleans, the padding -1 would become 1
         logits, iou = decode(self.model, embedding, boxes, point_coords, point_labels, mask_input, multimask_output)
         if return_logits:
-            masks = postprocess_masks(logits, *self.frame)
+            rows, columns = enlargement(*self.frame)
+            masks = rows @ logits @ columns.T                            # (B, C, H, W)
         else:
             masks = torch.from_numpy(logits_to_mask(logits.flatten(0, 1), *self.frame)).unflatten(0, logits.shape[:2])
         return tuple(result.to(self.device) for result in (masks, iou, logits))

@@ -14,7 +14,7 @@ from ..machine import ahead, workers_on
 from .boxes import as_numbers
 from .compose import OVERLAPS, Composition, compose
 from .geometry import box_of_mask, boxes_to_network, logits_to_mask, scaled_size
-from .predictor import checked_boxes, checked_pixels, decode_boxes, encode
+from .predictor import checked_boxes, checked_pixels, decode_boxes, encode, logits_of_boxes
 
 PROPAGATIONS = ("sections", "published")
 KEPT = 256                           # embeddings, 4 MB each: 1 GB at most
@@ -26,9 +26,8 @@ class Stopped(Exception):
 
 
 def segment_volume(model, volume: ndarray, boxes: ndarray, drawn_slice: ndarray | None = None,
-                   propagation: str = PROPAGATIONS[0], overlap: str = OVERLAPS[0], *,
-                   progress=None, should_stop=None, details: bool = False,
-                   separate: bool = False) -> ndarray | Composition:
+                   propagation: str = PROPAGATIONS[0], overlap: str = OVERLAPS[0], *, progress=None,
+                   should_stop=None, details: bool = False, separate: bool = False) -> ndarray | Composition:
     """Segment the objects in boxes of a volume: labels (D, H, W), where box k gives label k, counted from 1.
 
     Args:
@@ -82,23 +81,16 @@ def segment_sections(found: Composition, model, volume, boxes, drawn, overlap, w
     No slice depends on another, so nothing drifts, a slice where the network sees nothing stays empty, and several are
     done side by side.
     """
-    frame, flat = (*volume.shape[1:3], model.image_size), boxes[:, [0, 1, 3, 4]]
-    todo = visits(range(len(volume)), boxes[:, 2], boxes[:, 5])
-    slices = [(model, volume[z], boxes_to_network(section_boxes(boxes[objects], z, drawn[objects]), *frame))
-              for z, objects in todo]
-    decoded = zip(todo, ahead(segment_slice, slices, workers_on(next(model.parameters()).device)))
+    todo, flat = visits(len(volume), boxes[:, 2], boxes[:, 5]), boxes[:, [0, 1, 3, 4]]
+    slices = [(model, volume[z], section_boxes(boxes[objects], z, drawn[objects])) for z, objects in todo]
+    decoded = zip(todo, ahead(logits_of_boxes, slices, workers_on(next(model.parameters()).device)))
     for (z, objects), (_, logits) in watch(decoded, len(todo)):
         compose(found, objects, logits.result(), flat[objects], model.image_size, overlap, z)
 
 
-def segment_slice(model, image: ndarray, prompts: Tensor) -> Tensor:
-    """Return the logits (n, 256, 256) of the prompts (n, 4), in pixels of the network's input, on one slice."""
-    return decode_boxes(model, encode(model, image), prompts)
-
-
-def visits(slices, first: ndarray, last: ndarray) -> list[tuple[int, ndarray]]:
+def visits(depth: int, first: ndarray, last: ndarray) -> list[tuple[int, ndarray]]:
     """List the slices that any of the objects reach, from `first` to `last`, each with the numbers of these objects."""
-    found = [(z, np.flatnonzero((first <= z) & (z <= last))) for z in slices]
+    found = [(z, np.flatnonzero((first <= z) & (z <= last))) for z in range(depth)]
     return [visit for visit in found if len(visit[1])]
 
 
@@ -128,8 +120,7 @@ def propagate(found: Composition, model, volume, boxes, drawn, watch) -> None:
     first, middle, last = boxes[:, 2], np.floor(drawn), boxes[:, 5]
     defaults = boxes_to_network(boxes[:, [0, 1, 3, 4]], *frame)               # (N, 4)
     upward, downward = defaults.clone(), defaults.clone()     # each object's prompt for its next slice
-    up = visits(range(len(volume)), middle, last)
-    down = visits(reversed(range(len(volume))), first, middle - 1)
+    up, down = visits(len(volume), middle, last), visits(len(volume), first, middle - 1)[::-1]
     twice = {z for z, _ in up} & {z for z, _ in down}
     # The way down starts at the top, so the embeddings used last, which stay when memory is short, are needed first.
     kept = lru_cache(KEPT)(lambda z: encode(model, volume[z]))
