@@ -60,9 +60,17 @@ def boxes_to_network(boxes: ndarray, height: int, width: int, size: int) -> Tens
     return torch.from_numpy((boxes * scale).astype(np.float32))
 
 
+def postprocess_masks(logits: Tensor, height: int, width: int, size: int) -> Tensor:
+    """Enlarge logits (N, C, 256, 256) to the image as SAM does; `enlarged_logits` is the same up to rounding."""
+    new_height, new_width = scaled_size(height, width, size)
+    logits = F.interpolate(logits, (size, size), mode="bilinear")
+    logits = logits[..., :new_height, :new_width]
+    return F.interpolate(logits, (height, width), mode="bilinear")
+
+
 @lru_cache(maxsize=2)                # 8 MB for 4000×4000 pixels; all slices of a volume share one pair
 def enlargement(height: int, width: int, size: int) -> tuple[Tensor, Tensor]:
-    """Return SAM's linear `postprocess_masks` as two matrices: rows (height, 256) @ logits @ columns (width, 256).T."""
+    """Return the linear `postprocess_masks` as two matrices: rows (height, 256) @ logits @ columns (width, 256).T."""
     steps = F.interpolate(torch.eye(256)[None], size, mode="linear")
     return tuple(F.interpolate(steps[..., :scaled], length, mode="linear")[0].T.contiguous()
                  for scaled, length in zip(scaled_size(height, width, size), (height, width)))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .boxes import check_boxes, check_points
 from .compose import OVERLAPS, Composition, compose
-from .geometry import boxes_to_network, enlargement, logits_to_mask, sam_input, scaled_size, to_network
+from .geometry import boxes_to_network, logits_to_mask, postprocess_masks, sam_input, scaled_size, to_network
 
 BATCH = 4                            # prompts decoded at once: larger batches take more memory and no less time
 
@@ -192,8 +192,7 @@ class Predictor:
             point_labels = point_labels.int()                            # of booleans, the padding -1 would become 1
         logits, iou = decode(self.model, embedding, boxes, point_coords, point_labels, mask_input, multimask_output)
         if return_logits:
-            rows, columns = enlargement(*self.frame)
-            masks = rows @ logits @ columns.T                            # (B, C, H, W)
+            masks = postprocess_masks(logits, *self.frame)
         else:
             masks = torch.from_numpy(logits_to_mask(logits.flatten(0, 1), *self.frame)).unflatten(0, logits.shape[:2])
         return tuple(result.to(self.device) for result in (masks, iou, logits))
