@@ -101,6 +101,7 @@ def _open_nifti(path: Path):
     """Open a NIfTI file: its numbers, not yet in memory, its affine in mm, and its header."""
     import nibabel
     nibabel.imageglobals.logger.setLevel("CRITICAL")              # our one line instead of its several
+    # Not nibabel's own Opener, which finds no end where indexed_gzip is installed.
     with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)                          # gzip reads all for it, and checks the checksum
     image = nibabel.load(path, keep_file_open=True)
