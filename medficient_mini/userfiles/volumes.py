@@ -94,7 +94,9 @@ def parts_of(path: Path) -> list[Path]:
     """Return the files that an image consists of: those of a DICOM folder, a .mhd and its numbers, else the one."""
     if path.is_dir():
         return sorted(filter(is_dicom, path.iterdir()))
-    return sorted(path.parent.glob(f"{glob.escape(path.stem)}.*")) if path.suffix.lower() == ".mhd" else [path]
+    if path.suffix.lower() != ".mhd":
+        return [path]
+    return sorted(filter(Path.is_file, path.parent.glob(f"{glob.escape(path.stem)}.*")))
 
 
 def _open_nifti(path: Path):
@@ -148,12 +150,12 @@ def _open_dicom(path: Path, series: int | None):
             reader, affine = _itk_reader(file)
             tags = [reader.GetMetaData(tag).strip() for tag in TAGS if reader.HasMetaDataKey(tag)]
             found.setdefault(tuple(tags), []).append((reader, affine))
-    # Without --series there must be one alone.
-    if not 0 < (series or len(found)) <= (len(found) if series else 1):
+    number = series if series is not None else len(found) == 1       # without --series there must be one alone
+    if not 0 < number <= len(found):
         listed = "; ".join(f"{number}: {' '.join(tags[1:]) or 'no description'}, {len(slices)} slices"
                            for number, (tags, slices) in enumerate(found.items(), 1))
         raise FieldError(f"series: expected --series with the number of one, found {listed or 'no image in grey'}")
-    slices = list(found.values())[(series or 1) - 1]
+    slices = list(found.values())[number - 1]
     normal = slices[0][1][:3, 2]
     slices.sort(key=lambda pair: pair[1][:3, 3] @ normal)
     affines = np.array([affine for _, affine in slices])

@@ -104,6 +104,7 @@ def test_a_series_is_read_and_its_mask_lies_on_it(tmp_path, run, exact_volumes, 
 def test_other_formats_come_back_as_theirs(tmp_path, run, exact_volumes, ending, result, shear):        # noqa: F811
     data = data_of().astype(np.float32)
     path = write_itk(tmp_path / f"v.{ending}", data, shear)
+    (tmp_path / "v.notes").mkdir()                            # a folder is no part of a volume
     words = "-i", path, "-o", tmp_path / "out", "--axis", "coronal", "--box", 6, 3, 1, 21, 15, 5, "--window", 50, 1700
     out, err = run(*words)
     assert "1 segmented" in out and not err
@@ -171,6 +172,7 @@ def test_several_series_are_listed_and_one_is_picked(tmp_path, run, exact_volume
     assert "1 segmented" in run(*words, "--series", 2)[0]
     assert sitk.ReadImage(str(tmp_path / "out/ct_mask.nrrd")).GetSize() == (24, 20, 8)
     assert "done again: other series" in run(*words, "--series", 1)[0]
+    fails("found 1: Axial", load_volume, write_series(tmp_path / "one", data_of()), "axial", None, 0)
 
 
 def test_slices_that_do_not_fit_together_are_one_line(tmp_path):
