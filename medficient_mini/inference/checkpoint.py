@@ -108,7 +108,7 @@ def load_state(path, content=None) -> tuple[str, State]:
     content = read_torch(path) if content is None else content
     if not isinstance(content, dict):
         raise ValueError(f"{path}: weights: expected a state dict, found {type(content).__name__}")
-    likely = [content[key] for key in ("state_dict", "model_state_dict", "model", "net") if key in content]
+    likely = map(content.get, ("state_dict", "model_state_dict", "model", "net"))
     found = next(filter(None, map(_weights, [*likely, content])), {"": content})
     if len(found) > 1:
         raise ValueError(f"{path}: weights: expected one state dict, found {list(found)}; save the right one alone: "

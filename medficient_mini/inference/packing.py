@@ -13,14 +13,11 @@ SHRINK = torch.linspace(1.0, 0.7, 7)         # candidate clipping points, as fra
 
 
 def pack_state(state: State) -> State:
-    """Pack a float state dict as the module says, on the CPU; the result can be saved and read without code."""
-    packed = {}
+    """Pack a float32 state dict on the CPU as the module says; the result can be saved and read without code."""
+    packed = dict(state)
     for key, value in state.items():
-        value = value.detach().cpu()
         if key.endswith("weight") and value.ndim > 1 and value.numel() >= SMALLEST:
-            packed[key], packed[key + SCALE] = quantize_rows(value.float())
-        else:
-            packed[key] = value
+            packed[key], packed[key + SCALE] = quantize_rows(value)
     return packed
 
 
