@@ -200,6 +200,8 @@ def write_checkpoint(argv) -> None:
     parser.add_argument("-o", "--output", required=True, type=Path, help="file to write")
     parser.add_argument("--count", type=int, default=4, help="cases of each modality to calibrate on")
     arguments = parser.parse_args(argv)
+    if arguments.count < 1:
+        raise ValueError(f"--count: expected a number above 0, found {arguments.count}")
     model = load_model(arguments.weights, arguments.decoder_weights)
     if not isinstance(model.image_encoder, EfficientViTSam):
         raise ValueError(f"{arguments.weights}: int8: expected an EfficientViT network, found {model.name}")

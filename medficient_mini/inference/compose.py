@@ -43,6 +43,12 @@ class Composition:
         return np.unpackbits(self.bits, axis=0, count=len(self.mask_sizes), bitorder="little").view(bool)
 
 
+def check_overlap(overlap: str) -> None:
+    """Raise ValueError for what is none of OVERLAPS."""
+    if overlap not in OVERLAPS:
+        raise ValueError(f"overlap: expected one of {', '.join(OVERLAPS)}, found {overlap!r}")
+
+
 def lost_objects(found: Composition) -> list[str]:
     """Name, in a line each, the objects that were not found and those that lost more than half of their mask."""
     lines = []
@@ -65,10 +71,8 @@ def compose(found: Composition, objects: ndarray, logits: Tensor, boxes: ndarray
     takes the free pixels, and of those of another: with overlap "inside" all of an object inside which it lies
     (`lies_inside`), else where its logit is higher; with "higher" the latter alone; with "later", as the authors of
     MedficientSAM have it, those of lower labels. So the labels are the same in whatever order the boxes come, but for
-    "later"; of equal boxes the first keeps all. ValueError for another overlap.
+    "later"; of equal boxes the first keeps all.
     """
-    if overlap not in OVERLAPS:
-        raise ValueError(f"overlap: expected one of {', '.join(OVERLAPS)}, found {overlap!r}")
     place = () if z is None else (z,)
     labels = found.labels[place]                                 # (H, W), a view
     frame = (*labels.shape, size)

@@ -88,7 +88,7 @@ def read_case(path, need_boxes: bool = True, need_gts: bool = False, z_exclusive
             case.volume = pixels
         else:
             rgb = pixels.reshape(*header.size, -1)[..., :3]                    # or one channel; no alpha
-            case.image = np.ascontiguousarray(np.broadcast_to(rgb, (*header.size, 3)))
+            case.image = rgb.repeat(3 // rgb.shape[2], axis=2)
         if need_boxes:
             boxes = arrays["boxes"].read(np.float64)
             case.boxes, remarks = check_boxes(boxes, header.size, case.name, z_exclusive)

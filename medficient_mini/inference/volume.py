@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..machine import ahead, workers_on
 from .boxes import as_numbers
-from .compose import OVERLAPS, Composition, compose
+from .compose import OVERLAPS, Composition, check_overlap, compose
 from .geometry import box_of_mask, boxes_to_network, logits_to_mask, scaled_size
 from .predictor import checked_boxes, checked_pixels, decode_boxes, encode, logits_of_boxes
 
@@ -45,6 +45,7 @@ def segment_volume(model, volume: ndarray, boxes: ndarray, drawn_slice: ndarray 
     Raises:
         ValueError: one line, for another volume or option, or boxes that `check_boxes` refuses.
     """
+    check_overlap(overlap)
     volume = checked_pixels(volume, 3)
     boxes = checked_boxes(boxes, volume.shape[:3])
     first, last = boxes[:, 2], boxes[:, 5]

@@ -234,3 +234,5 @@ def test_command_refuses_another_network(tmp_path, capsys, monkeypatch):
     assert main(["-w", "w.pth", "-i", str(tmp_path), "-o", str(tmp_path / "w8.pth")]) == 1
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and "EfficientViT" in error and not (tmp_path / "w8.pth").exists()
+    assert main(["-w", "w.pth", "-i", str(tmp_path), "-o", str(tmp_path / "w8.pth"), "--count", "0"]) == 1
+    assert capsys.readouterr().err == "--count: expected a number above 0, found 0\n"

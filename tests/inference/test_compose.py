@@ -38,8 +38,6 @@ def test_an_inner_object_goes_on_top_and_else_the_higher_logit_wins():
     assert composed(["cavity", "ring"], "higher").labels[100, 100] == 2
     for names in (["cavity", "ring"], ["ring", "cavity"]):
         assert composed(names, "later").labels[100, 100] == 2
-    with pytest.raises(ValueError, match="overlap: expected one of"):
-        composed(["ring"], "late")
 
 
 def test_neither_a_poor_mask_nor_a_twin_lies_inside():
@@ -78,6 +76,11 @@ def test_own_masks_of_a_volume_are_bits(propagation):
     assert own.shape == (9, 3, 64, 64) and np.array_equal(own.sum((1, 2, 3)), found.mask_sizes)
     assert not own[0, 1:].any() and np.array_equal(own[2], own[8])
     assert np.array_equal(found.kept_sizes(), [(found.labels == k).sum() for k in range(1, 10)])
+
+
+def test_another_overlap_is_refused_though_there_is_no_box():
+    with pytest.raises(ValueError, match="overlap: expected one of"):
+        segment_image(BrightSam(), np.zeros((8, 8), np.uint8), np.zeros((0, 4)), "late")
 
 
 @pytest.mark.skipif(not CASES.is_dir(), reason=f"synthetic cases absent: {CASES}")

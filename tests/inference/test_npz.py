@@ -66,6 +66,7 @@ def test_inference_training_and_evaluation_give_the_same_answer(corpus, name):
     if not fault:
         case, described = read_case(path, need_gts=True), read_header(path)
         assert (case.is_3d, case.shape, case.modality) == (described.is_3d, described.size, described.modality)
+        assert case.is_3d or case.image.flags.writeable and case.image.flags.c_contiguous
         assert (read_labels(path, "gts")[0] == case.gts).all() and described.has_gts
 
 

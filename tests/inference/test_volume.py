@@ -98,7 +98,7 @@ def test_many_boxes_and_unknown_names():
     segs = segment_volume(BrightSam(), volume, boxes, overlap="later")
     assert segs.dtype == np.uint16 and segs.max() == 260
     assert segment_volume(BrightSam(), volume, boxes[:3]).max() == 1         # equal logits: the first keeps the voxel
-    for wrong in (dict(propagation="section"), dict(overlap="late")):
+    for wrong in (dict(propagation="section"), dict(overlap="late"), dict(overlap="late", propagation="published")):
         with pytest.raises(ValueError, match="expected one of"):
             segment_volume(BrightSam(), volume, boxes, **wrong)
 
