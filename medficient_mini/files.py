@@ -75,7 +75,9 @@ def exit_status(work, stopped: str = "stopped") -> int:
     try:
         return 1 if work() else 0
     except Exception as error:
-        print(first_line(error), file=sys.stderr)
+        # Whatever is not meant for users is told with its type, for the report of a fault.
+        kind = "" if isinstance(error, (ValueError, OSError, RuntimeError, MemoryError)) else f"{type(error).__name__}: "
+        print(kind + first_line(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from medficient_mini.files import first_line, list_files, whole_file
+from medficient_mini.files import exit_status, first_line, list_files, whole_file
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -70,3 +70,13 @@ def test_list_files(tmp_path, capsys):  # fault 33
 
 def test_first_line():
     assert first_line(ValueError("one\ntwo")) == "one" and first_line(MemoryError()) == "MemoryError"
+
+
+def test_exit_status(capsys):
+    def fail(error):
+        raise error
+
+    for error, status, line in ((ValueError("a.npz: bad\nmore"), 1, "a.npz: bad"), (MemoryError(), 1, "MemoryError"),
+                                (KeyError("dsc"), 1, "KeyError: 'dsc'"), (KeyboardInterrupt(), 130, "stopped")):
+        assert exit_status(lambda: fail(error)) == status and capsys.readouterr().err == line + "\n"
+    assert [exit_status(lambda: failed) for failed in (0, 3, None, False)] == [0, 1, 0, 0]

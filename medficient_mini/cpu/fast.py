@@ -74,7 +74,7 @@ class FastSam(nn.Module):
         if precision == "int8":
             swap_blocks(self.encoder, model.calibration)
         fuse(self.encoder, dtype)
-        self.decode = FastDecoder(model, dtype)
+        self.prompt_encoder, self.decode = model.prompt_encoder, FastDecoder(model, dtype)
         self.packed = False
 
     @torch.inference_mode()

@@ -103,7 +103,7 @@ def epoch_keys(n, seed, epoch, length, weights=None):
 
 
 def make_loader(dataset, keys, batch_size, workers=0, pin_memory=False):
-    """Return a DataLoader of the samples of a list of keys, as that list is when an iteration begins."""
+    """Return a DataLoader of the samples of a list of keys, which may change between two iterations."""
     return torch.utils.data.DataLoader(dataset, batch_size, sampler=keys, num_workers=workers, pin_memory=pin_memory,
                                        persistent_workers=workers > 0, worker_init_fn=_start_worker)
 

@@ -181,8 +181,8 @@ class Trainer:
         with torch.no_grad(), self.world.autocast():
             scores = self.task.validate(self.result.eval())
         state.seconds += time.monotonic() - began
-        if not math.isfinite(scores[name]):                      # batch norm's statistics may hide it from the loss
-            raise ValueError(f"step {state.step}: {name} of the validation is {scores[name]}: {DIVERGED}")
+        if not all(map(math.isfinite, scores.values())):         # batch norm's statistics may hide it from the loss
+            raise ValueError(f"step {state.step}: the scores of validation are {scores}: {DIVERGED}")
         is_best = all(sign * scores[name] > other for other in state.scores)
         state.scores.append(sign * scores[name])
         state.epoch, state.position = state.epoch + 1, 0

@@ -1,4 +1,4 @@
 """Users' own pictures and volumes: reading, prompts, the window to draw boxes in, conversion.
 
-Errors are ValueErrors of one line, "<file name>: <field>: expected …, found …".
+Errors of files are ValueErrors of one line, "<file name>: <field>: expected …, found …".
 """

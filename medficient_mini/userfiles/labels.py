@@ -4,7 +4,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from .pictures import PALETTE, PHOTOMETRIC, SAMPLES, TURNED, decode, tiff_fields, with_colour_type
+from .pictures import PALETTE, PHOTOMETRIC, SAMPLES, TURNED, decode, hushed, tiff_fields, with_colour_type
 
 MOST_VALUES = 32                     # more grey values or colours are no labels, but soft edges or a photograph
 
@@ -35,7 +35,8 @@ def load_label_picture(path: Path) -> tuple[np.ndarray, list[str]]:
         has_palette = fields.get(PHOTOMETRIC) == PALETTE or is_bmp and data[28] <= 8
         if has_palette and np.ptp(pixels, axis=2).any():                         # a grey one changes nothing
             raise ValueError(f"{name}: gts: expected labels with a palette as PNG, found another format")
-        whole = np.atleast_3d(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED))
+        with hushed():
+            whole = np.atleast_3d(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED))
         dropped = fields.get(SAMPLES) == 2 or is_bmp and data[28] == 32          # transparency, by OpenCV
         if np.ptp(whole[..., 3:]) if whole.shape[2] == 4 else dropped:
             raise ValueError(f"{name}: gts: expected an opaque mask, found transparency")

@@ -245,7 +245,7 @@ def test_diverged_loss_stops_and_keeps_the_checkpoint(tmp_path):
 
 def test_a_validation_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(Tiny, "validate", lambda self, model: {"val_error": math.nan})
-    with pytest.raises(ValueError, match=r"step 3: val_error of the validation is nan: .*a lower --lr"):
+    with pytest.raises(ValueError, match=r"step 3: the scores of validation are .'val_error': nan.: .*a lower --lr"):
         tiny_run(["--out", str(tmp_path)]).fit()
     assert not (tmp_path / "best.pt").exists()
 

@@ -76,6 +76,12 @@ def test_a_mask_in_the_transparency_is_refused(tmp_path, name, colour):         
     assert (load_label_picture(write(tmp_path / name, pixels))[0] == LABELS).all()
 
 
+def test_what_opencv_says_of_a_tiff_is_not_shown(tmp_path, capfd):                # fault 41
+    pil = pytest.importorskip("PIL.Image")
+    pil.fromarray(LABELS).save(tmp_path / "a.tif", tiffinfo={65000: "a field that it does not know"})
+    assert (load_label_picture(tmp_path / "a.tif")[0] == LABELS).all() and capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("name", ["a.tif", "a.bmp"])
 def test_transparency_that_cannot_be_read_is_refused(tmp_path, name):           # fault 25
     pil = pytest.importorskip("PIL.Image")
