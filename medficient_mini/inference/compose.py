@@ -16,12 +16,16 @@ INSIDE = 0.8                         # see `lies_inside`
 class Composition:
     """The labels of N objects on an image or a volume, and what became of each object's own mask.
 
+    `overlap`, one of OVERLAPS (else ValueError), says who keeps a pixel that several claim: see `compose`.
     `labels` are (H, W) or (D, H, W) uint8, uint16 above 255 objects: k + 1 where object k is, 0 where none is.
     `mask_sizes`, int (N,), counts the pixels of each object's own mask. Where these are kept `separate`, bit k % 8 of
     bits[k // 8], uint8 (ceil(N / 8), *labels.shape), is object k's mask.
     """
 
-    def __init__(self, shape: tuple[int, ...], count: int, separate: bool = False):
+    def __init__(self, shape: tuple[int, ...], count: int, overlap: str = OVERLAPS[0], separate: bool = False):
+        if overlap not in OVERLAPS:
+            raise ValueError(f"overlap: expected one of {', '.join(OVERLAPS)}, found {overlap!r}")
+        self.overlap = overlap
         self.labels = np.zeros(shape, np.min_scalar_type(count))
         self.mask_sizes = np.zeros(count, int)
         self.bits = np.zeros((-(-count // 8), *shape), np.uint8) if separate else None
@@ -43,12 +47,6 @@ class Composition:
         return np.unpackbits(self.bits, axis=0, count=len(self.mask_sizes), bitorder="little").view(bool)
 
 
-def check_overlap(overlap: str) -> None:
-    """Raise ValueError for what is none of OVERLAPS."""
-    if overlap not in OVERLAPS:
-        raise ValueError(f"overlap: expected one of {', '.join(OVERLAPS)}, found {overlap!r}")
-
-
 def lost_objects(found: Composition) -> list[str]:
     """Name, in a line each, the objects that were not found and those that lost more than half of their mask."""
     lines = []
@@ -61,7 +59,7 @@ def lost_objects(found: Composition) -> list[str]:
 
 
 def compose(found: Composition, objects: ndarray, logits: Tensor, boxes: ndarray, size: int,
-            overlap: str, z: int | None = None) -> None:
+            z: int | None = None) -> None:
     """Share out the pixels of one picture, an image or slice z of a volume, among n of the N objects of `found`.
 
     `objects` are their numbers, int (n,), from 0 and ascending; logits (n, 256, 256) on the CPU are above 0 inside;
@@ -87,8 +85,8 @@ def compose(found: Composition, objects: ndarray, logits: Tensor, boxes: ndarray
             region = tuple(map(slice, low, high))
         values = enlarged_logits(logits[i], *frame, region)
         mask, owners = values > 0, labels[region]
-        wins = mask & (owners <= objects[i]) if overlap == "later" else values > highest[region]
-        if overlap == "inside":
+        wins = mask & (owners <= objects[i]) if found.overlap == "later" else values > highest[region]
+        if found.overlap == "inside":
             for label in np.unique(owners[mask & (owners > 0)]):
                 if lies_inside(i, np.searchsorted(objects, label - 1), inside, areas, boxes):
                     wins |= mask & (owners == label)

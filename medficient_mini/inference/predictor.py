@@ -11,7 +11,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from .boxes import check_boxes, check_points
-from .compose import OVERLAPS, Composition, check_overlap, compose
+from .compose import OVERLAPS, Composition, compose
 from .geometry import boxes_to_network, logits_to_mask, postprocess_masks, sam_input, scaled_size, to_network
 
 BATCH = 4                            # prompts decoded at once: larger batches take more memory and no less time
@@ -75,14 +75,13 @@ def segment_image(model, image: ndarray, boxes: ndarray, overlap: str = OVERLAPS
     The image is uint8 (H, W) or (H, W, 3) RGB; boxes are (N, 4) x0 y0 x1 y1 in its pixels, both corners included. The
     rest, and the errors, are as in `segment_volume`.
     """
-    check_overlap(overlap)
     image = checked_pixels(image, 2)
     shape = image.shape[:2]
     boxes = checked_boxes(boxes, shape)
-    found = Composition(shape, len(boxes), separate)
+    found = Composition(shape, len(boxes), overlap, separate)
     if len(boxes):
         logits = logits_of_boxes(model, image, boxes)
-        compose(found, np.arange(len(boxes)), logits, boxes, model.image_size, overlap)
+        compose(found, np.arange(len(boxes)), logits, boxes, model.image_size)
     return found if details else found.labels
 
 

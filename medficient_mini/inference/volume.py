@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..machine import ahead, workers_on
 from .boxes import as_numbers
-from .compose import OVERLAPS, Composition, check_overlap, compose
+from .compose import OVERLAPS, Composition, compose
 from .geometry import box_of_mask, boxes_to_network, logits_to_mask, scaled_size
 from .predictor import checked_boxes, checked_pixels, decode_boxes, encode, logits_of_boxes
 
@@ -45,7 +45,6 @@ def segment_volume(model, volume: ndarray, boxes: ndarray, drawn_slice: ndarray 
     Raises:
         ValueError: one line, for another volume or option, or boxes that `check_boxes` refuses.
     """
-    check_overlap(overlap)
     volume = checked_pixels(volume, 3)
     boxes = checked_boxes(boxes, volume.shape[:3])
     first, last = boxes[:, 2], boxes[:, 5]
@@ -57,12 +56,12 @@ def segment_volume(model, volume: ndarray, boxes: ndarray, drawn_slice: ndarray 
         drawn = as_numbers(drawn_slice, "drawn_slice")
         if drawn.shape != first.shape or not ((first <= drawn) & (drawn <= last) & (drawn % 1 == 0)).all():
             raise ValueError(f"drawn_slice: expected a slice within each of {len(boxes)} boxes, found {drawn.tolist()}")
-    found = Composition(volume.shape[:3], len(boxes), separate)
+    found = Composition(volume.shape[:3], len(boxes), overlap, separate)
     watch = partial(watched, progress=progress, should_stop=should_stop)
     if propagation == "published":
         propagate(found, model, volume, boxes, drawn, watch)
     else:
-        segment_sections(found, model, volume, boxes, drawn, overlap, watch)
+        segment_sections(found, model, volume, boxes, drawn, watch)
     return found if details else found.labels
 
 
@@ -76,7 +75,7 @@ def watched(visits, total: int, progress, should_stop):
             progress(done + 1, total)
 
 
-def segment_sections(found: Composition, model, volume, boxes, drawn, overlap, watch) -> None:
+def segment_sections(found: Composition, model, volume, boxes, drawn, watch) -> None:
     """Segment every slice on its own, from the prompts of `section_boxes`, and clip its masks to the given boxes.
 
     No slice depends on another, so nothing drifts, a slice where the network sees nothing stays empty, and several are
@@ -86,7 +85,7 @@ def segment_sections(found: Composition, model, volume, boxes, drawn, overlap, w
     slices = [(model, volume[z], section_boxes(boxes[objects], z, drawn[objects])) for z, objects in todo]
     decoded = zip(todo, ahead(logits_of_boxes, slices, workers_on(next(model.parameters()).device)))
     for (z, objects), (_, logits) in watch(decoded, len(todo)):
-        compose(found, objects, logits.result(), flat[objects], model.image_size, overlap, z)
+        compose(found, objects, logits.result(), flat[objects], model.image_size, z)
 
 
 def visits(depth: int, first: ndarray, last: ndarray) -> list[tuple[int, ndarray]]:

@@ -84,12 +84,12 @@ class Picker:
 
     def labels(self) -> np.ndarray:
         """Return the labels (H, W) of what was drawn on the present slice: k + 1 for object k."""
-        found = Composition(self.size, len(self.objects))
+        found = Composition(self.size, len(self.objects), self.overlap)
         numbers = np.flatnonzero([drawn.z == self.z for drawn in self.objects])
         if len(numbers):
             here = [self.objects[k] for k in numbers]
             logits, boxes = torch.cat([drawn.logits for drawn in here]), np.array([drawn.box for drawn in here])
-            compose(found, numbers, logits, boxes, self.model.image_size, self.overlap)
+            compose(found, numbers, logits, boxes, self.model.image_size)
         return found.labels
 
     def render(self) -> np.ndarray:

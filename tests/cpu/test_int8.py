@@ -192,12 +192,12 @@ def blocks(model):
 @needs_int8
 @torch.inference_mode()
 def test_encoder_in_8_bits_is_close(l0):
-    images = [torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(i)) for i in range(2)]
-    l0.calibration = calibrate(l0.image_encoder, images[:1])
+    new, *seen = [torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(i)) for i in range(5)]
+    l0.calibration = calibrate(l0.image_encoder, seen)
     form = fast.to_fast(l0, "int8")
     assert sum(isinstance(module, QuantizedBlock) for module in form.modules()) == len(blocks(l0))
-    expected = l0.image_encoder(images[1])
-    assert (form.image_encoder(images[1]) - expected).norm() < 0.12 * expected.norm()
+    expected = l0.image_encoder(new)
+    assert (form.image_encoder(new) - expected).norm() < 0.1 * expected.norm()
 
 
 # ----------------------------------------------------------------------------------------------------------- command

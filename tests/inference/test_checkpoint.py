@@ -167,13 +167,13 @@ class Surprise:
 
 # Fault 40: the way out is named.
 @pytest.mark.parametrize("content, words", [
-    (Surprise(), "print), which is never run"), ({"model": WHOLE, "hook": Surprise()}, "state_dict()"),
+    (Surprise(), "pickled code (print), which is never run"), ({"model": WHOLE, "hook": Surprise()}, "state_dict()"),
     (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear"), (torch.zeros(3), "expected a state dict, found Tensor"),
     ({"a": torch.zeros(1)}, "expected one of medficientsam_l0"), ({}, "no tensors"),
 ])
 def test_other_contents_are_refused(tmp_path, content, words, capsys):
     torch.save(content, tmp_path / "w.pth")
-    line = error_of(load_model, tmp_path / "w.pth")
+    line = error_of(load_model, tmp_path / "w.pth").replace("builtins.", "")        # torch 2.6 names the module too
     assert "w.pth" in line and words in line and "pickled code ran" not in capsys.readouterr().out
 
 

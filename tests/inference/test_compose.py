@@ -18,14 +18,14 @@ STRAY = (0, 8, 255, 60)              # a box far from the mask that comes with i
 
 
 def composed(names, overlap="inside", boxes=None, size=256):
-    found = Composition((256, 256), len(names), separate=True)
+    found = Composition((256, 256), len(names), overlap, separate=True)
     logits = torch.full((len(names), 256, 256), -1.0)
     for one, name in zip(logits, names):
         first, last, value = SQUARES[name]
         one[first:last + 1, first:last + 1] = value
     if boxes is None:
         boxes = [(SQUARES[name][0],) * 2 + (SQUARES[name][1],) * 2 for name in names]
-    compose(found, np.arange(len(names)), logits, np.array(boxes, float), size, overlap)
+    compose(found, np.arange(len(names)), logits, np.array(boxes, float), size)
     return found
 
 
@@ -38,6 +38,8 @@ def test_an_inner_object_goes_on_top_and_else_the_higher_logit_wins():
     assert composed(["cavity", "ring"], "higher").labels[100, 100] == 2
     for names in (["cavity", "ring"], ["ring", "cavity"]):
         assert composed(names, "later").labels[100, 100] == 2
+    with pytest.raises(ValueError, match="overlap: expected one of"):
+        composed(["ring"], "late")
 
 
 def test_neither_a_poor_mask_nor_a_twin_lies_inside():
