@@ -152,7 +152,7 @@ def score(truth, masks, arguments):
                              f"found none of them in {name} (the largest is {segs.max()})")
         if not gts.any():
             hints.append(f"{truth.name}: gts: no label, so there is nothing to score")
-        elif gts.max() == 255 and (others := gts[gts < 255].max()) in range(1, 254):
+        elif gts.max() == 255 and (others := gts[gts < 255].max(initial=0)) in range(1, 254):
             hints.append(f"{truth.name}: gts: label 255 beside labels up to {others} is scored as an object like "
                          "them; where it marks pixels to be ignored, set them to 0")
     except Exception as error:       # whatever it is, it costs this case alone

@@ -46,7 +46,7 @@ def to_network(image: ndarray, size: int, resize: str = "bilinear") -> Tensor:
 def sam_input(image: ndarray, size: int) -> Tensor:
     """Do the same in SAM's way: antialiased, colours normalised by mean and deviation of natural images."""
     height, width = scaled_size(*image.shape[:2], size)
-    x = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1).expand(3, -1, -1)[None]
+    x = torch.from_numpy(np.atleast_3d(image).copy()).permute(2, 0, 1).expand(3, -1, -1)[None]
     x = F.interpolate(x.contiguous(), (height, width), mode="bilinear", antialias=True)[0].float()
     x = (x - torch.tensor(SAM_MEAN)[:, None, None]) / torch.tensor(SAM_STD)[:, None, None]
     return F.pad(x, (0, size - width, 0, size - height))

@@ -131,7 +131,7 @@ class Predictor:
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f"image_format: expected RGB or BGR, found {image_format!r}")
         if image_format == "BGR" and image.ndim == 3:
-            image = np.ascontiguousarray(image[..., ::-1])
+            image = image[..., ::-1]
         self.reset_image()
         self.features = encode(self.model, image, self.sam_preprocessing)
         self.original_size, self.frame = image.shape[:2], (*image.shape[:2], self.model.image_size)

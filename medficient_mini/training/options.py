@@ -25,9 +25,10 @@ from .samples import SliceDataset
 from .trainer import say
 from .volume_cache import SliceCache, file_key
 
-RANGES = ((1, math.inf, "bs accumulate epochs steps samples_per_epoch limit_samples val_limit log_steps boxes"),
-          (0, math.inf, "lr weight_decay workers warmup box_shift"), (0, 1, "in_use"), (0, 0.499, "box_jitter"),
-          (0.001, 0.999, "val_fraction"), (0.001, 1 - 1e-9, "ema"))
+RANGES = ((1, math.inf, "bs accumulate epochs steps samples_per_epoch limit_samples val_limit log_steps boxes threads"),
+          (0, math.inf, "lr weight_decay minutes save_minutes cache_mb seed workers warmup box_shift"),
+          (0.001, math.inf, "clip"), (0, 1, "in_use"), (0, 0.499, "box_jitter"), (0.001, 0.999, "val_fraction"),
+          (0.001, 1 - 1e-9, "ema"))
 
 
 def add_option(group, names, default, help, **more):

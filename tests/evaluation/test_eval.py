@@ -286,3 +286,6 @@ def test_fault_23_a_label_to_ignore_is_hinted_at(folders, evaluate):
     np.savez(folders / "gts" / "2D_CT_a.npz", gts=labels)
     status, _, lines = evaluate("-s", folders / "near", "-g", folders / "gts")
     assert status == 0 and len(lines) == 1 and lines[0].startswith("2D_CT_a.npz: gts: label 255 beside labels up to 1")
+    np.savez(folders / "gts" / "2D_CT_a.npz", gts=np.full_like(LABELS, 255))               # nothing beside it: an object
+    status, _, lines = evaluate("-s", folders / "near", "-g", folders / "gts")
+    assert status == 0 and [line.partition(" of ")[0] for line in lines] == ["2D_CT_a.npz: segs: expected labels"]

@@ -148,6 +148,7 @@ def test_sams_preprocessing_is_sams():
     theirs = package.utils.transforms.ResizeLongestSide(256).apply_image(image)
     found = sam_input(image, 256)[:, :theirs.shape[0], :theirs.shape[1]].permute(1, 2, 0).numpy() * SAM_STD + SAM_MEAN
     assert np.abs(found - theirs).max() < 1.01                               # Pillow rounds to whole numbers otherwise
+    assert torch.equal(sam_input(image[..., ::-1], 256), sam_input(image[..., ::-1].copy(), 256))    # a view, as of BGR
 
 
 @pytest.mark.parametrize("prompt", ["points", "box", "both", "mask", "torch"])

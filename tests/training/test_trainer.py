@@ -304,6 +304,9 @@ def test_resume_refuses_other_options_and_other_networks(tmp_path):
 @pytest.mark.parametrize("options, words", [
     (["--bs", "12"], "--bs: expected at most the 11 slices"),
     (["--bs", "0"], "--bs: expected at least 1"),
+    (["--threads", "-1"], "--threads: expected at least 1"),
+    (["--seed", "-3"], "--seed: expected at least 0"),
+    (["--clip", "0"], "--clip: expected at least 0.001"),                      # it would train nothing
     (["--warmup", "5", "--schedule", "halve"], "--warmup: expected --schedule cosine .* found halve and 5"),
     (["--average", "1.5"], "--ema: expected 0.001 to 1, found 1.5"),
     (["--resume"], "no such checkpoint"),
