@@ -7,7 +7,6 @@
 Masks are NPZ files with `segs`, ground truth NPZ files with `gts` (3D: and `spacing`); they belong together by name.
 A mask file that is missing, unreadable or of another shape scores 0.
 """
-import argparse
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -18,7 +17,7 @@ import numpy as np
 
 from medficient_mini.evaluation.metrics import case_scores
 from medficient_mini.evaluation.report import add_seconds, markdown, metrics_csv, summary_csv
-from medficient_mini.files import exit_status, first_line, whole_file
+from medficient_mini.files import exit_status, first_line, option_parser, whole_file
 from medficient_mini.inference.names import composed
 from medficient_mini.inference.npz import list_cases, modality_of, read_case, read_labels
 from medficient_mini.show.draw import compare_row, save_png
@@ -26,20 +25,18 @@ from medficient_mini.show.progress import ProgressBar
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("-s", "--segs", required=True, nargs="+", metavar="[NAME=]FOLDER", help="folders of masks, side by side")
-    add("-g", "--gts", required=True, metavar="FOLDER", help="folder of ground truth")
-    add("-o", "--output", type=Path, metavar="DIR", help="where the tables go (default: the first -s folder)")
-    add("--tolerance", type=float, default=2.0, metavar="MM", help="of NSD; pixels in 2D (default: 2)")
-    add("--contour-nsd", action="store_true",
-        help="one more column: NSD of the contour in 2D (the challenge's counts the whole area as surface)")
-    add("--skip-missing", action="store_true", help="leave out cases without masks instead of scoring them 0")
-    add("--published", action="store_true", help="add the columns of MedficientSAM, Table 4")
-    add("--by-source", action="store_true", help="a line per data set (CT STS of 3D_CT_STS_004.npz), not per modality")
-    add("--figure", type=Path, metavar="DIR", help="best and worst case of each target as pictures")
-    add("--workers", "--threads", type=int, default=min(8, os.cpu_count()), metavar="N",
-        help="processes (default: %(default)s)")
+    parser, add = option_parser(__doc__)
+    add("-s --segs", str, "folders of masks, side by side", required=True, nargs="+", metavar="[NAME=]FOLDER")
+    add("-g --gts", str, "folder of ground truth", required=True, metavar="FOLDER")
+    add("-o --output", Path, "where the tables go (default: the first -s folder)", metavar="DIR")
+    add("--tolerance", 2.0, "of NSD; pixels in 2D", metavar="MM")
+    add("--contour-nsd", False,
+        "one more column: NSD of the contour in 2D (the challenge's counts the whole area as surface)")
+    add("--skip-missing", False, "leave out cases without masks instead of scoring them 0")
+    add("--published", False, "add the columns of MedficientSAM, Table 4")
+    add("--by-source", False, "a line per data set (CT STS of 3D_CT_STS_004.npz), not per modality")
+    add("--figure", Path, "best and worst case of each target as pictures", metavar="DIR")
+    add("--workers --threads", min(8, os.cpu_count()), "processes", metavar="N")
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.tolerance < float("inf"):
         raise ValueError(f"--tolerance: expected a number of mm >= 0, found {arguments.tolerance}")

@@ -7,7 +7,6 @@
     python infer.py -i ct.nii.gz -o out --box 30 40 10 200 180 25 --window soft-tissue
     python infer.py -i photo.png -o out --pick               # draw the boxes in a window
 """
-import argparse
 import os
 import re
 import sys
@@ -18,7 +17,7 @@ import cv2
 import torch
 
 from medficient_mini.cpu.fast import PRECISIONS
-from medficient_mini.files import exit_status, first_line
+from medficient_mini.files import exit_status, first_line, option_parser
 from medficient_mini.inference.checkpoint import load_model, resolve
 from medficient_mini.inference.compose import OVERLAPS
 from medficient_mini.inference.npz import list_cases, read_case, read_labels
@@ -40,30 +39,26 @@ DECISIVE = ("precision", "propagation", "overlap", "separate", "z_exclusive", "p
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("-i", "--input", required=True, type=Path, help="NPZ cases, pictures or volumes: a folder, or one file")
-    add("-o", "--output", required=True, type=Path, help="folder for the masks")
-    add("--weights", default="l1",
-        help="checkpoint file, lite_medsam, or of the package's own l1 (default) or the faster l0")
-    add("--decoder-weights", help="checkpoint whose prompt encoder and decoder join a bare encoder")
-    add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 where the CPU has it, else f32; int8 needs "
-        "the default weights or a file of medficient_mini.cpu.int8")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, …")
-    add("--threads", type=int, help="CPU threads (default: torch's choice; for a single picture, those of the cores "
-        "that other programs leave free)")
-    add("--overlay", type=Path, metavar="DIR", help="also write a picture of each case there")
-    add("--separate", action="store_true",
-        help="also write each object's own mask where objects overlap (`masks`, of volumes `bits`)")
-    add("--overwrite", action="store_true", help="compute finished cases again")
-    add("--part", metavar="K/N", help="every N-th case from the K-th (torchrun: taken from its rank)")
-    add("--propagation", choices=PROPAGATIONS, default=PROPAGATIONS[0], help="volumes: prompt every slice with a "
-        "section of the given box (default), or the middle one and follow the masks as published")
-    add("--overlap", choices=OVERLAPS, default=OVERLAPS[0], help="a pixel that several objects claim goes to the one "
-        "inside another, else to the higher logit (default); always to the higher logit; or to the later box as "
-        "published")
-    add("--z-exclusive", action="store_true",
-        help="z_max of a volume's box is the slice after the last (the MedficientSAM authors' reading)")
+    parser, add = option_parser(__doc__)
+    add("-i --input", Path, "NPZ cases, pictures or volumes: a folder, or one file", required=True)
+    add("-o --output", Path, "folder for the masks", required=True)
+    add("--weights", "l1", "checkpoint file, lite_medsam, or of the package's own l1 or the faster l0")
+    add("--decoder-weights", str, "checkpoint whose prompt encoder and decoder join a bare encoder")
+    add("--precision", "auto", "auto: bf16 where the CPU has it, else f32; int8 needs the default weights or a file of "
+        "medficient_mini.cpu.int8", choices=PRECISIONS)
+    add("--device", "cpu", "cpu, cuda, cuda:1, …")
+    add("--threads", int, "CPU threads (default: torch's choice; for a single picture, those of the cores that other "
+        "programs leave free)")
+    add("--overlay", Path, "also write a picture of each case there", metavar="DIR")
+    add("--separate", False, "also write each object's own mask where objects overlap (`masks`, of volumes `bits`)")
+    add("--overwrite", False, "compute finished cases again")
+    add("--part", str, "every N-th case from the K-th (torchrun: taken from its rank)", metavar="K/N")
+    add("--propagation", PROPAGATIONS[0], "volumes: prompt every slice with a section of the given box, or the middle "
+        "one and follow the masks as published", choices=PROPAGATIONS)
+    add("--overlap", OVERLAPS[0], "a pixel that several objects claim goes to the one inside another, else to the "
+        "higher logit; always to the higher logit; or to the later box as published", choices=OVERLAPS)
+    add("--z-exclusive", False,
+        "z_max of a volume's box is the slice after the last (the MedficientSAM authors' reading)")
     add_prompt_options(parser)
     return parser.parse_args(argv)
 

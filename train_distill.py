@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from medficient_mini.files import add_option
 from medficient_mini.inference.checkpoint import load_state, load_strictly, resolve
 from medficient_mini.nets.sam import build_sam
 from medficient_mini.training.losses import decode_boxes, dice_loss, dsc, embedding_mse
-from medficient_mini.training.options import (add_option, common_parser, draw_slices, modality_means, read_data,
-                                              run_script, single_batches)
+from medficient_mini.training.options import (common_parser, draw_slices, modality_means, read_data, run_script,
+                                              single_batches)
 from medficient_mini.training.samples import load_embedding, save_embedding
 from medficient_mini.training.trainer import Trainer, read_last
 

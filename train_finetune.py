@@ -11,10 +11,10 @@ from functools import partial
 
 from torch import nn
 
+from medficient_mini.files import add_option
 from medficient_mini.inference.checkpoint import load_model
 from medficient_mini.training.losses import decode_boxes, dsc, finetune_loss
-from medficient_mini.training.options import (add_option, common_parser, modality_means, read_data, run_script,
-                                              single_batches)
+from medficient_mini.training.options import common_parser, modality_means, read_data, run_script, single_batches
 from medficient_mini.training.trainer import Trainer
 
 

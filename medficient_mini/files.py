@@ -1,8 +1,10 @@
-"""The few lines that every room shares: finding files, writing one whole or not at all, a script's end."""
+"""The few lines that every room shares: finding files, writing one whole or not at all, a script's options and end."""
+import argparse
 import os
 import sys
 import uuid
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 
@@ -64,6 +66,24 @@ def show_any_name() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def option_parser(doc: str, **more):
+    """Return an argparse parser that explains a script by its docstring `doc`, and `add_option` for it."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
+    return parser, partial(add_option, parser)
+
+
+def add_option(group, names, default, help, **more):
+    """Add an option, "-s --long", to a parser or group: a switch where its default is a bool, of a type without one."""
+    if isinstance(default, bool):
+        more["action"] = "store_false" if default else "store_true"
+    elif isinstance(default, type):
+        more["type"] = default
+    else:
+        more |= {"type": type(default), "default": default}
+        help += " (default: %(default)s)"
+    group.add_argument(*names.split(), help=help, **more)
 
 
 def exit_status(work, stopped: str = "stopped") -> int:

@@ -10,7 +10,6 @@ others the ratio to it in the same round. Where the package openvino is installe
 threads, between the same lines of our own. Cold processes run infer.py, or the same with OpenVINO from converted files,
 from Python's start to the written masks; MB are their largest resident size.
 """
-import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..files import option_parser
 from ..inference.checkpoint import load_model, resolve
 from ..inference.geometry import boxes_to_network, to_network
 from ..inference.npz import read_case, write_segs
@@ -241,10 +241,10 @@ def compare_forms(weights, folder, free):
 
 def main(argv=None):
     """Print one of the two tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--infer", action="store_true", help="compare the forms of one network")
-    parser.add_argument("--weights", help="checkpoint for --infer (default: the package's own weights)")
-    parser.add_argument("--busy", type=int, default=0, metavar="N", help="loops that burn a core each meanwhile")
+    parser, add = option_parser(__doc__)
+    add("--infer", False, "compare the forms of one network")
+    add("--weights", str, "checkpoint for --infer (default: the package's own weights)")
+    add("--busy", 0, "loops that burn a core each meanwhile", metavar="N")
     arguments = parser.parse_args(argv)
     cv2.setNumThreads(torch.get_num_threads())
     with tempfile.TemporaryDirectory() as folder, busy(arguments.busy):

@@ -12,7 +12,6 @@ Activations differ in size by a factor of thirty between images (colour against 
 of the largest absolute value m of its input. They are the calibration, saved beside the weights by the block's name:
 `<block>.input` (1,), the input's range being ± that; `<block>.<layer>` (2,), lowest and highest value before each GELU.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..files import exit_status, whole_file
+from ..files import exit_status, option_parser, whole_file
 from ..inference.checkpoint import load_model
 from ..inference.geometry import to_network
 from ..inference.npz import list_cases, modality_of, read_case
@@ -193,12 +192,12 @@ def network_inputs(folder: str, count: int, size: int) -> list[Tensor]:
 
 def write_checkpoint(argv) -> None:
     """Write an 8-bit checkpoint as the command line says. ValueError where the weights or cases do not serve."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-w", "--weights", required=True, help="checkpoint of an EfficientViT network")
-    parser.add_argument("--decoder-weights", help="checkpoint whose decoder completes a bare encoder")
-    parser.add_argument("-i", "--input", required=True, help="folder of NPZ cases to calibrate on")
-    parser.add_argument("-o", "--output", required=True, type=Path, help="file to write")
-    parser.add_argument("--count", type=int, default=4, help="cases of each modality to calibrate on")
+    parser, add = option_parser(__doc__)
+    add("-w --weights", str, "checkpoint of an EfficientViT network", required=True)
+    add("--decoder-weights", str, "checkpoint whose decoder completes a bare encoder")
+    add("-i --input", str, "folder of NPZ cases to calibrate on", required=True)
+    add("-o --output", Path, "file to write", required=True)
+    add("--count", 4, "cases of each modality to calibrate on")
     arguments = parser.parse_args(argv)
     if arguments.count < 1:
         raise ValueError(f"--count: expected a number above 0, found {arguments.count}")

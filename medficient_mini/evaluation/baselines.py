@@ -3,13 +3,12 @@
     python -m medficient_mini.evaluation.baselines -i cases -o out_box --shape box
     python -m medficient_mini.evaluation.baselines -i cases -o out_ellipse --shape ellipse
 """
-import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from ..files import exit_status
+from ..files import exit_status, option_parser
 from ..inference.npz import list_cases, read_case, write_segs
 from ..show.progress import ProgressBar
 
@@ -27,10 +26,10 @@ def fill(shape: tuple[int, ...], boxes: np.ndarray, ellipse: bool) -> np.ndarray
 
 def fill_cases(argv) -> int:
     """Do what the command line says; return how many cases failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-i", "--input", required=True, help="folder of NPZ cases, or one")
-    parser.add_argument("-o", "--output", required=True, type=Path, help="folder for the masks")
-    parser.add_argument("--shape", choices=("box", "ellipse"), default="ellipse", help="default: %(default)s")
+    parser, add = option_parser(__doc__)
+    add("-i --input", str, "folder of NPZ cases, or one", required=True)
+    add("-o --output", Path, "folder for the masks", required=True)
+    add("--shape", "ellipse", "what fills the box", choices=("box", "ellipse"))
     arguments = parser.parse_args(argv)
     paths, failed = list_cases(arguments.input), 0
     if arguments.output.resolve() in {path.resolve().parent for path in paths}:

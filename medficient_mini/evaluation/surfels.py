@@ -9,7 +9,6 @@ from functools import lru_cache
 
 import numpy as np
 
-SQUARE = ((0, 0), (0, 1), (1, 1), (1, 0))                    # the corners of a face, in order around it
 # In 2D: the contour's length in pixels within the four pixels around a corner, bits 8 and 4 above 2 and 1, for each of
 # the 16 codes. A pixel that differs from both of its neighbours is cut off by a slant from side to side.
 SLANT = 0.5 ** 0.5
@@ -32,10 +31,10 @@ def surfel_codes(mask: np.ndarray) -> np.ndarray:
 def surfel_areas(spacing_mm: tuple[float, float, float]) -> np.ndarray:
     """Return the area in mm² of the surfel of each of the 256 codes, as the challenge's table has it for one spacing.
 
-    The vertices are the midpoints of the edges between an inside and an outside voxel. On every face of the cube they
-    are joined in pairs, so that of two inside voxels facing each other diagonally each is cut off by itself, and so
-    form polygons; with more than four voxels inside, those of the complement (Lorensen and Cline's marching cubes,
-    SIGGRAPH 1987). A polygon is cut into triangles from the corner where the sides of the triangles are longest.
+    Inside voxels that share a face form a part, so that of two facing each other diagonally each is cut off by itself.
+    A polygon goes round each part, through the midpoints of the edges that leave it; with more than four voxels inside,
+    round those of the complement (Lorensen and Cline's marching cubes, SIGGRAPH 1987). It is cut into triangles from
+    the corner where the sides of the triangles are longest.
     """
     codes, sides = surface_triangles()
     normals = np.cross(*(sides * spacing_mm).swapaxes(0, 1))
@@ -45,44 +44,24 @@ def surfel_areas(spacing_mm: tuple[float, float, float]) -> np.ndarray:
 @lru_cache
 def surface_triangles():
     """Return two sides of each triangle (M, 2, 3) of all 256 codes, in grid steps, and the code (M,) of each."""
-    corners = list(itertools.product((1, 0), repeat=3))      # of the cube, from the lowest bit to the highest
-    faces = [[(*corner[:axis], side, *corner[axis:]) for corner in SQUARE] for axis in range(3) for side in (0, 1)]
+    from scipy.ndimage import label
+    corners = itertools.product((0, 1), repeat=3)            # of the cube, from the highest bit to the lowest
+    edges = [(a, b) for a, b in itertools.combinations(corners, 2) if np.not_equal(a, b).sum() == 1]
     codes, sides = [], []
     for code in range(256):
         bits = code if code.bit_count() <= 4 else 255 - code
-        inside = {corner for k, corner in enumerate(corners) if bits >> k & 1}
-        for polygon in polygons([segment for face in faces for segment in segments(face, inside)]):
-            fans = [fan(polygon, k) for k in range(len(polygon))]
-            triangles = max(fans, key=lambda sides: np.sum(sides ** 2))
+        parts, count = label(np.unpackbits(np.uint8([bits])).reshape(2, 2, 2))
+        for part in range(1, count + 1):
+            triangles = fan(np.array([np.add(a, b) / 2 for a, b in edges if (parts[a] == part) != (parts[b] == part)]))
             codes += [code] * len(triangles)
             sides += list(triangles)
     return np.array(codes), np.array(sides)
 
 
-def segments(face, inside: set) -> list:
-    """Return pairs of edge midpoints joined on a face, given by its four corners in order, and all corners inside."""
-    if face[0] in inside:            # Starting outside, the edges before and behind each inside voxel come in pairs.
-        face = face[1:] + face[:1]
-    edges = zip(face, face[1:] + face[:1])
-    midpoints = [tuple(np.add(a, b) / 2) for a, b in edges if (a in inside) != (b in inside)]
-    return list(zip(midpoints[::2], midpoints[1::2]))
-
-
-def polygons(segments: list) -> list:
-    """Join segments, pairs of points, to closed loops of points; each point is in two of them."""
-    loops = []
-    while segments:
-        loop = list(segments.pop())
-        while loop[-1] != loop[0]:
-            following = next(segment for segment in segments if loop[-1] in segment)
-            segments.remove(following)
-            loop.append(following[following[0] == loop[-1]])                   # its other end
-        loops.append(loop[:-1])
-    return loops
-
-
-def fan(polygon: list, k: int) -> np.ndarray:
-    """Cut a polygon from its corner k into triangles (M, 2, 3): their two sides at that corner."""
-    points = np.roll(polygon, -k, axis=0)
-    sides = points[1:] - points[0]
-    return np.stack([sides[:-1], sides[1:]], 1)
+def fan(points: np.ndarray) -> np.ndarray:
+    """Cut the polygon with these corners (K, 3), in any order, into triangles (K - 2, 2, 3): two sides of each."""
+    around = points - points.mean(0)
+    plane = np.linalg.svd(around)[2][:2]                     # the one nearest to all of them: there angles order them
+    points = points[np.argsort(np.angle(around @ plane.T @ (1, 1j)))]
+    spokes = np.stack([np.roll(points, -k, 0) - points[k] for k in range(len(points))])[:, 1:]       # (K, K - 1, 3)
+    return max(np.stack([spokes[:, :-1], spokes[:, 1:]], 2), key=np.linalg.norm)

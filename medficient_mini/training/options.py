@@ -1,5 +1,4 @@
 """What both training scripts share: their options, start and end, the data of training and validation."""
-import argparse
 import gc
 import io
 import math
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..files import show_any_name
+from ..files import add_option, option_parser, show_any_name
 from ..inference.names import patient_of
 from ..machine import keep_memory
 from ..show.progress import ProgressBar
@@ -31,22 +30,9 @@ RANGES = ((1, math.inf, "bs accumulate epochs steps samples_per_epoch limit_samp
           (0.001, 1 - 1e-9, "ema"))
 
 
-def add_option(group, names, default, help, **more):
-    """Add an option to a group of argparse: a switch where its default is a bool; a type stands for no default."""
-    if isinstance(default, bool):
-        more["action"] = "store_false" if default else "store_true"
-    elif isinstance(default, type):
-        more["type"] = default
-    else:
-        more |= {"type": type(default), "default": default}
-        help += " (default: %(default)s)"
-    group.add_argument(*names.split(), help=help, **more)
-
-
 def common_parser(doc, *, out, lr, weight_decay, bs, schedule, boxes):
     """Return a parser with the options of both scripts, or in an `@FILE`, read like a shell's."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     fromfile_prefix_chars="@")
+    parser, _ = option_parser(doc, fromfile_prefix_chars="@")
     parser.convert_arg_line_to_args = partial(shlex.split, comments=True)
     add = partial(add_option, parser.add_argument_group("data"))
     add("--data", "data/train", "folder of NPZ cases, searched recursively")

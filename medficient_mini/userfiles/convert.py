@@ -7,14 +7,13 @@ An image and its mask share their path below the two folders, the mask's with an
 _segmentation if it likes, the image's with nnU-Net's _0000. `case.png` becomes 2D_US_case.npz, `anna/case.nii.gz`
 3D_CT_anna-case.npz; objects are numbered 1…N in `gts`, box k belongs to object k.
 """
-import argparse
 import re
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from ..files import exit_status, first_line
+from ..files import exit_status, first_line, option_parser
 from ..inference.names import composed
 from ..inference.npz import write_npz
 from ..show.progress import ProgressBar
@@ -28,17 +27,15 @@ MASK_ENDING = re.compile(r"[-_. ]+(masks?|seg|segmentation|labels?|gt)$", re.IGN
 
 def parse_arguments(argv=None):
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m medficient_mini.userfiles.convert", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("-i", "--images", required=True, type=Path, help="folder of pictures or volumes, or one")
-    add("-g", "--masks", required=True, type=Path, help="folder of their masks, or one file")
-    add("-o", "--output", required=True, type=Path, help="folder for the NPZ files")
-    add("--modality", required=True, help="CT, MR, PET, US, XRay, Dermoscopy, Endoscopy, Fundus, Mammography, "
-                                          "Microscopy, OCT or another")
+    parser, add = option_parser(__doc__, prog="python -m medficient_mini.userfiles.convert")
+    add("-i --images", Path, "folder of pictures or volumes, or one", required=True)
+    add("-g --masks", Path, "folder of their masks, or one file", required=True)
+    add("-o --output", Path, "folder for the NPZ files", required=True)
+    add("--modality", str, "CT, MR, PET, US, XRay, Dermoscopy, Endoscopy, Fundus, Mammography, Microscopy, OCT or "
+        "another", required=True)
     add_reading_options(parser)
-    add("--instances", action="store_true", help="every connected part of a label is an object of its own")
-    add("--min-size", type=int, default=1, metavar="N", help="drop objects of fewer pixels or voxels")
+    add("--instances", False, "every connected part of a label is an object of its own")
+    add("--min-size", 1, "drop objects of fewer pixels or voxels", metavar="N")
     return parser.parse_args(argv)
 
 

@@ -3,10 +3,12 @@
 Coordinates are pixels (voxel indices i j k) of the original file, zero-based, inclusive.
 """
 import csv
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from ..files import add_option
 from ..inference.boxes import check_boxes, check_points
 from ..inference.compose import Composition
 from ..inference.names import composed
@@ -23,28 +25,28 @@ def add_prompt_options(parser) -> None:
     """Add the options of infer.py for pictures and volumes to an argparse parser."""
     group = parser.add_argument_group("your own pictures (PNG, JPEG, TIFF, BMP) and volumes (NIfTI, DICOM, NRRD, MHA)",
                                       "coordinates are pixels or voxel indices of the file, counted from 0, inclusive")
-    add = group.add_argument
-    add("--box", nargs="+", type=float, action="append", default=[], metavar="N",
-        help="x0 y0 x1 y1, or i0 j0 k0 i1 j1 k1 of a volume; repeat for more objects")
-    add("--boxes", type=Path, metavar="CSV", help="lines of: file, x0, y0, x1, y1 (or six numbers)")
-    point = dict(nargs=2, type=float, action="append", default=[], metavar=("X", "Y"))
-    add("--point", **point, help="a point on the object")
-    add("--not", **point, dest="background", help="a point beside the object")
-    add("--pick", action="store_true", help="draw the boxes in a window, masks appear at once")
-    add("--z", nargs=2, type=int, metavar=("FIRST", "LAST"),
-        help="slices that boxes of four numbers span in a volume, indices along the slicing axis")
-    add("--slice", type=int, metavar="K", help="the slice they were drawn on (default: the middle one)")
+    add = partial(add_option, group)
+    add("--box", float, "x0 y0 x1 y1, or i0 j0 k0 i1 j1 k1 of a volume; repeat for more objects", nargs="+",
+        action="append", metavar="N")
+    add("--boxes", Path, "lines of: file, x0, y0, x1, y1 (or six numbers)", metavar="CSV")
+    point = dict(nargs=2, action="append", metavar=("X", "Y"))
+    add("--point", float, "a point on the object", **point)
+    add("--not", float, "a point beside the object", **point, dest="background")
+    add("--pick", False, "draw the boxes in a window, masks appear at once")
+    add("--z", int, "slices that boxes of four numbers span in a volume, indices along the slicing axis", nargs=2,
+        metavar=("FIRST", "LAST"))
+    add("--slice", int, "the slice they were drawn on (default: the middle one)", metavar="K")
+    parser.set_defaults(box=[], point=[], background=[])
     add_reading_options(group)
 
 
-def add_reading_options(parser) -> None:
+def add_reading_options(group) -> None:
     """Add the options that say how files are read, which infer.py and convert share."""
-    add = parser.add_argument
-    add("--axis", choices=AXES, default="axial", help="direction of a volume's slices (default: axial)")
-    add("--series", type=int, metavar="N", help="which of the series in a DICOM folder (without it they are listed)")
-    add("--window", nargs="+", metavar=("LEVEL", "WIDTH"),
-        help=f"intensities that become 0-255: two numbers, or {', '.join(WINDOWS)} "
-             "(default: 0.5 and 99.5 percentiles; 8 bits stay as they are)")
+    add = partial(add_option, group)
+    add("--axis", "axial", "direction of a volume's slices", choices=AXES)
+    add("--series", int, "which of the series in a DICOM folder (without it they are listed)", metavar="N")
+    add("--window", str, f"intensities that become 0-255: two numbers, or {', '.join(WINDOWS)} "
+        "(default: 0.5 and 99.5 percentiles; 8 bits stay as they are)", nargs="+", metavar=("LEVEL", "WIDTH"))
 
 
 def check_prompts(arguments) -> None:
