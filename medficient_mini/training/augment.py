@@ -20,30 +20,24 @@ def augment(image, labels, rng, mode, limit):
         return image, labels, (False, False)
     flip = tuple((rng.random(2) < 0.5).tolist())
     axes = tuple(np.flatnonzero(flip[::-1]))                                   # rows are axis 0
-    # Copies, for torch takes no negative strides; np.ascontiguousarray leaves them where an axis has length 1.
-    image, labels = np.flip(image, axes).copy(), np.flip(labels, axes).copy()
+    image, labels = np.flip(image, axes), np.flip(labels, axes)
     if mode == "full" and rng.random() < 0.5:
-        return *shift_scale_rotate(image, labels.astype(np.int32), rng, limit), None
+        return *shift_scale_rotate(image, labels, rng, limit), None
     return image, labels, flip
 
 
 def shift_scale_rotate(image, labels, rng, limit):
     """Draw and apply the affine part of `augment`; what comes in from outside the image has its darkest value."""
-    from torchvision.transforms.v2 import InterpolationMode
-    from torchvision.transforms.v2.functional import affine
-
     if max(labels.shape) > limit:
         size = scaled_size(*labels.shape, limit)[::-1]                         # OpenCV's order
         image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
         labels = cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST)
-    move = dict(angle=rng.uniform(-90, 90), scale=rng.uniform(0.8, 1.2), shear=[0.0, 0.0],
-                translate=list(rng.uniform(-0.0625, 0.0625, 2) * labels.shape[::-1]))
-    pixels = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1)                          # (1 or 3, H, W)
+    size = labels.shape[::-1]
+    matrix = cv2.getRotationMatrix2D(np.subtract(size, 1) / 2, rng.uniform(-90, 90), rng.uniform(0.8, 1.2))
+    matrix[:, 2] += rng.uniform(-0.0625, 0.0625, 2) * size
     # The darkest value and not 0: a new minimum would change the contrast that min-max scaling gives the image.
-    moved = affine(pixels, interpolation=InterpolationMode.BILINEAR, fill=float(image.min()), **move)
-    # Interpolation mixes the border with 0 first: hence the maximum.
-    image = np.maximum(moved.permute(1, 2, 0).numpy().reshape(image.shape), image.min(), order="C")
-    return image, affine(torch.from_numpy(labels)[None], **move)[0].numpy()                   # the nearest label
+    image = cv2.warpAffine(image, matrix, size, borderValue=[int(image.min())] * 3)
+    return image, cv2.warpAffine(labels, matrix, size, flags=cv2.INTER_NEAREST)
 
 
 def draw_augmented(image, labels, rng, mode, limit):
