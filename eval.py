@@ -168,7 +168,7 @@ def draw_figures(folder, rows, problems):
         try:
             for kind, row in zip(("best", "worst"), cases[::max(1, len(cases) - 1)]):
                 case = read_case(row["truth"], need_boxes=False, need_gts=True)
-                layers = [case.volume if case.is_3d else case.image, case.gts, read_labels(row["masks"], "segs")[0]]
+                layers = [case.pixels, case.gts, read_labels(row["masks"], "segs")[0]]
                 if case.is_3d:
                     z = np.count_nonzero(case.gts, axis=(1, 2)).argmax()
                     layers = [layer[z] for layer in layers]

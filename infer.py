@@ -166,8 +166,8 @@ def segment(model, case, arguments, bar=None):
         return segment_points(model, case)
     options = {"overlap": arguments.overlap, "separate": arguments.separate, "details": True}
     if not case.is_3d:
-        return segment_image(model, case.image, case.boxes, **options)
-    return segment_volume(model, case.volume, case.boxes, case.drawn_slice, arguments.propagation, **options,
+        return segment_image(model, case.pixels, case.boxes, **options)
+    return segment_volume(model, case.pixels, case.boxes, case.drawn_slice, arguments.propagation, **options,
                           progress=lambda *slices: bar.set("slice %d of %d" % slices))
 
 

@@ -187,8 +187,8 @@ class OpenVino(nn.Module):
 def segment_cold(path, name, folder, precision):
     """Do what infer.py does with a case, by OpenVINO: the work of a process that is timed from its start."""
     case, model = read_case(path), OpenVino(name, folder, precision)
-    pixels, segment = (case.volume, segment_volume) if case.is_3d else (case.image, segment_image)
-    write_segs(Path(folder, "masks.npz"), segment(model, pixels, case.boxes))
+    segment = segment_volume if case.is_3d else segment_image
+    write_segs(Path(folder, "masks.npz"), segment(model, case.pixels, case.boxes))
 
 
 def print_times(label, forms, call, rounds=ROUNDS):

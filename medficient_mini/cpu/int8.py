@@ -185,7 +185,7 @@ def network_inputs(folder: str, count: int, size: int) -> list[Tensor]:
     for group in groups.values():
         for i in np.linspace(0, len(group) - 1, min(count, len(group)), dtype=int):
             case = read_case(group[i], need_boxes=False)
-            image = case.volume[len(case.volume) // 2] if case.is_3d else case.image
+            image = case.pixels[len(case.pixels) // 2] if case.is_3d else case.pixels
             inputs.append(to_network(image, size)[None])
     return inputs
 

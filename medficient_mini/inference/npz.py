@@ -9,6 +9,7 @@ import re
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +27,12 @@ NAME = re.compile(r"([23])D(?:Box)?_([^_.]+)(?:_([^_.]+)_)?")       # dimension,
 @dataclass
 class Case:
     """One checked case; what was not asked for is None. The fields from `points` on are of users' own files alone."""
-    name: str                                   # of the file
-    modality: str
-    image: ndarray | None = None                # uint8 (H, W, 3) RGB of a 2D case
-    volume: ndarray | None = None               # uint8 (D, H, W) or (D, H, W, 3) of a 3D case
+    path: Path                                  # of the file
+    shape: tuple[int, ...]                      # (H, W) of an image, (D, H, W) of a volume
+    has_gts: bool = False                       # whether the file holds labels
+    pixels: ndarray | None = None               # uint8 (H, W, 3) RGB of an image, (D, H, W) or (D, H, W, 3) of a volume
     boxes: ndarray | None = None                # float64 (N, 4) or (N, 6), as `check_boxes` returns them
-    gts: ndarray | None = None                  # labels, uint8 or uint16, of the size of the image or volume
+    gts: ndarray | None = None                  # labels, uint8 or uint16, of `shape`
     spacing: ndarray | None = None              # float64 (3,), mm between voxels along (z, y, x)
     warnings: list[str] = field(default_factory=list)
     points: ndarray | None = None               # float64 (P, 2), x y
@@ -41,28 +42,18 @@ class Case:
     grid: object = None                         # where a NIfTI file's voxels lie
 
     @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.path.name
+
+    @cached_property
+    def modality(self) -> str:
+        """As the file's name or folder has it, see `modality_of`."""
+        return modality_of(self.path)
+
+    @property
     def is_3d(self) -> bool:
-        return self.volume is not None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(H, W) or (D, H, W)."""
-        return self.volume.shape[:3] if self.is_3d else self.image.shape[:2]
-
-
-@dataclass(frozen=True)
-class Header:
-    """One case as its file's headers describe it; `shape` is that of `imgs`, with its channels."""
-    path: Path
-    modality: str
-    shape: tuple
-    is_3d: bool
-    has_gts: bool
-
-    @property
-    def size(self) -> tuple[int, ...]:
-        """(H, W) or (D, H, W)."""
-        return self.shape[:2 + self.is_3d]
+        return len(self.shape) == 3
 
 
 def list_cases(path) -> list[Path]:
@@ -81,21 +72,18 @@ def modality_of(name, with_source: bool = False) -> str:
 
 def read_case(path, need_boxes: bool = True, need_gts: bool = False, z_exclusive: bool = False) -> Case:
     """Read and check one case; ValueError, one line, if it is bad. `z_exclusive` is as in `check_boxes`."""
-    with _open(path, "gts" * need_gts, "imgs", *need_boxes * ["boxes"], *need_gts * ["gts"]) as (arrays, header):
-        case = Case(header.path.name, header.modality)
-        pixels = _read_pixels(arrays["imgs"], case)
-        if header.is_3d:
-            case.volume = pixels
-        else:
-            rgb = pixels.reshape(*header.size, -1)[..., :3]                    # or one channel; no alpha
-            case.image = rgb.repeat(3 // rgb.shape[2], axis=2)
+    with _open(path, "gts" * need_gts, "imgs", *need_boxes * ["boxes"], *need_gts * ["gts"]) as (arrays, case):
+        case.pixels = _read_pixels(arrays["imgs"], case)
+        if not case.is_3d:
+            rgb = case.pixels.reshape(*case.shape, -1)[..., :3]                # or one channel; no alpha
+            case.pixels = rgb.repeat(3 // rgb.shape[2], axis=2)
         if need_boxes:
             boxes = arrays["boxes"].read(np.float64)
-            case.boxes, remarks = check_boxes(boxes, header.size, case.name, z_exclusive)
+            case.boxes, remarks = check_boxes(boxes, case.shape, case.name, z_exclusive)
             case.warnings += remarks
         if need_gts:
-            case.gts = _read_labels(arrays["gts"], header)
-        if header.is_3d and "spacing" in arrays:
+            case.gts = _read_labels(arrays["gts"], case)
+        if case.is_3d and "spacing" in arrays:
             try:
                 case.spacing = _read_spacing(arrays["spacing"])
             except FieldError as error:                                        # only distances need it
@@ -103,22 +91,22 @@ def read_case(path, need_boxes: bool = True, need_gts: bool = False, z_exclusive
     return case
 
 
-def read_header(path, need_gts: bool = False) -> Header:
+def read_header(path, need_gts: bool = False) -> Case:
     """Describe one case from the headers in its file alone, `gts` too if there are any. ValueError as `read_case`."""
-    with _open(path, "gts", "imgs", *need_gts * ["gts"]) as (_, header):
-        return header
+    with _open(path, "gts", "imgs", *need_gts * ["gts"]) as (_, case):
+        return case
 
 
 def read_labels(path, field: str) -> tuple[ndarray, ndarray | None]:
     """Read labels, "gts" or "segs", uint8 or uint16, and the spacing of a volume's `gts`, else None."""
-    with _open(path, field, field) as (arrays, header):
-        has_spacing = field == "gts" and header.is_3d and "spacing" in arrays
-        return _read_labels(arrays[field], header), _read_spacing(arrays["spacing"]) if has_spacing else None
+    with _open(path, field, field) as (arrays, case):
+        has_spacing = field == "gts" and case.is_3d and "spacing" in arrays
+        return _read_labels(arrays[field], case), _read_spacing(arrays["spacing"]) if has_spacing else None
 
 
 @contextmanager
 def _open(path, labels: str, *needed: str):
-    """Give {name: _Array} and the Header of an NPZ file; what goes wrong in the block becomes a ValueError."""
+    """Give {name: _Array} of an NPZ file and its Case without arrays; what goes wrong in the block is a ValueError."""
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -177,7 +165,7 @@ class _Array:
         return extremes.min(), extremes.max()
 
 
-def _describe(path: Path, arrays: dict[str, _Array], labels: str) -> Header:
+def _describe(path: Path, arrays: dict[str, _Array], labels: str) -> Case:
     """Check the headers of `imgs` and of the labels of that name, where there are any; either may be absent."""
     targets = arrays.get(labels)
     pixels = arrays.get("imgs", targets)
@@ -196,13 +184,13 @@ def _describe(path: Path, arrays: dict[str, _Array], labels: str) -> Header:
         raise FieldError(f"{pixels.name}: expected shape {wanted}, found {shape}")
     if pixels.name == "imgs" and pixels.dtype.kind not in "iuf":
         raise FieldError(f"imgs: expected uint8 or numbers within 0-255, found {pixels.dtype}")
-    header = Header(path, modality_of(path), shape, is_3d, "gts" in arrays)
+    case = Case(path, shape[:axes], "gts" in arrays)
     if targets and targets.dtype.kind not in "iub":
         raise FieldError(f"{labels}: expected integer labels, found {targets.dtype}")
     # An image's labels may have a last axis of one, as images may.
-    if targets and targets.shape != header.size and (is_3d or targets.shape != (*header.size, 1)):
-        raise FieldError(f"{labels}: expected the size of {pixels.name}, {header.size}, found {targets.shape}")
-    return header
+    if targets and targets.shape != case.shape and (is_3d or targets.shape != (*case.shape, 1)):
+        raise FieldError(f"{labels}: expected the size of {pixels.name}, {case.shape}, found {targets.shape}")
+    return case
 
 
 def _read_pixels(imgs: _Array, case: Case) -> ndarray:
@@ -218,12 +206,12 @@ def _read_pixels(imgs: _Array, case: Case) -> ndarray:
     return imgs.read(np.uint8, scale)
 
 
-def _read_labels(array: _Array, header: Header) -> ndarray:
+def _read_labels(array: _Array, case: Case) -> ndarray:
     """Read labels as uint8, or uint16 where one is above 255."""
     low, high = array.limits()
     if low < 0 or high > 65535:
         raise FieldError(f"{array.name}: expected labels 0 to 65535, found {low:g} to {high:g}")
-    return array.read(np.uint8 if high < 256 else np.uint16).reshape(header.size)
+    return array.read(np.uint8 if high < 256 else np.uint16).reshape(case.shape)
 
 
 def _read_spacing(array: _Array) -> ndarray:

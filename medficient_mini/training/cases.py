@@ -1,6 +1,6 @@
 """Training cases: find the NPZ files, split them by patient, list their slices, balance them.
 
-A case is the npz.Header of one NPZ file; a slice is (index of the case, z), with z = 0 for a 2D image.
+A case is the npz.Case of one NPZ file without its arrays; a slice is (index of the case, z), with z = 0 for an image.
 """
 import re
 from collections import Counter, defaultdict
@@ -15,7 +15,7 @@ from ..show.progress import ProgressBar
 
 
 def scan_cases(folder, need_masks=False):
-    """Find the cases below a folder: list of npz.Header, sorted by path. ValueError if there is none.
+    """Find the cases below a folder: list of npz.Case, sorted by path. ValueError if there is none.
 
     A bad file, with `need_masks` also one without `gts`, costs a line on stderr.
     """

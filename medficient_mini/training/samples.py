@@ -42,7 +42,7 @@ class SliceDataset(torch.utils.data.Dataset):
     For distillation also `teacher_image`, and the `embedding_file` that keeps the teacher's answer. A network is not
     equivariant, so a flipped image has a file of its own; "" is that of an image rotated or photometrically changed.
     """
-    cases: list                             # of npz.Header
+    cases: list                             # see cases.py
     slices: list                            # of (index of the case, z)
     cache: SliceCache
     network_input: tuple[int, str]          # side, and how images come to it: see `to_network`

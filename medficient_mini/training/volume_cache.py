@@ -22,7 +22,7 @@ def file_key(path):
 
 
 class SliceCache:
-    """Images and labels of training cases by case (an npz.Header) and z, volumes through their unpacked copies.
+    """Images and labels of training cases by case (see cases.py) and z, volumes through their unpacked copies.
 
     `folder` holds about `max_mb` MiB at most; further volumes are read from their NPZ files, as 2D images always are.
     Several processes may share it. ValueError, one line, for an NPZ file that cannot be read.
@@ -64,7 +64,7 @@ class SliceCache:
             with suppress(FileNotFoundError):
                 return [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
         content = read_case(case.path, need_boxes=False, need_gts=case.has_gts)
-        arrays = [content.volume if case.is_3d else content.image, content.gts][:len(paths)]
+        arrays = [content.pixels, content.gts][:len(paths)]
         if case.is_3d and not self.is_full:
             self._keep(paths, arrays)
         return arrays

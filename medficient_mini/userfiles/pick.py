@@ -41,7 +41,7 @@ class Picker:
 
     def __init__(self, model, case: Case, overlap: str):
         self.model, self.case, self.overlap = model, case, overlap
-        self.slices = case.volume if case.is_3d else case.image[None]                       # (D, H, W[, 3])
+        self.slices = case.pixels if case.is_3d else case.pixels[None]                      # (D, H, W[, 3])
         self.z = len(self.slices) // 2
         self.size = case.shape[-2:]                             # (H, W)
         self.scale = np.clip(max(self.size), SHORTEST, LONGEST) / max(self.size)

@@ -12,7 +12,7 @@ from ..files import add_option
 from ..inference.boxes import check_boxes, check_points
 from ..inference.compose import Composition
 from ..inference.names import composed
-from ..inference.npz import Case, modality_of
+from ..inference.npz import Case
 from ..inference.predictor import Predictor
 from .pictures import WINDOWS, is_picture, load_picture, parse_window
 from .volumes import AXES, list_images, load_volume
@@ -127,12 +127,12 @@ def list_user_files(arguments) -> tuple[dict[Path, list[list[float]]], list[str]
 
 def read_user_case(path: Path, boxes: list[list[float]], arguments) -> Case:
     """Read a picture or volume, and check its prompts; boxes become those of the slices. ValueError of one line."""
-    case = Case(path.name, modality_of(path))
     points = arguments.point + arguments.background
     if is_picture(path):
         if arguments.z:
             raise ValueError("--z: expected a volume, found a picture")
-        case.image, case.intensity = load_picture(path, arguments.window)
+        image, intensity = load_picture(path, arguments.window)
+        case = Case(path, image.shape[:2], pixels=image, intensity=intensity)
         case.boxes, case.warnings = check_boxes(boxes, case.shape, path.name)
         if points:
             labels = [1] * len(arguments.point) + [0] * len(arguments.background)
@@ -146,8 +146,8 @@ def read_user_case(path: Path, boxes: list[list[float]], arguments) -> Case:
         raise ValueError("--point, --not: expected a picture, found a volume, which needs a box")
     if arguments.z is None and any(len(box) == 4 for box in boxes):
         raise ValueError("boxes: expected 6 numbers i0 j0 k0 i1 j1 k1 in a volume, or --z with boxes of 4, found 4")
-    case.volume, grid, case.intensity = load_volume(path, arguments.axis, arguments.window, arguments.series)
-    case.grid, case.spacing = grid, grid.spacing
+    volume, grid, intensity = load_volume(path, arguments.axis, arguments.window, arguments.series)
+    case = Case(path, volume.shape[:3], pixels=volume, spacing=grid.spacing, intensity=intensity, grid=grid)
     boxes = [box if len(box) == 6 else np.insert(np.reshape(box, (2, 2)), grid.order[0], arguments.z, axis=1).ravel()
              for box in boxes]
     checked, case.warnings = check_boxes(boxes, grid.shape[::-1], path.name)
@@ -161,7 +161,7 @@ def read_user_case(path: Path, boxes: list[list[float]], arguments) -> Case:
 def segment_points(model, case: Case) -> Composition:
     """Segment the one object that a case's points describe, and its box if it has one."""
     predictor = Predictor(model)
-    predictor.set_image(case.image)
+    predictor.set_image(case.pixels)
     box = next(iter(case.boxes), None)
     (mask,), *_ = predictor.predict(case.points, case.point_labels, box, multimask_output=False)
     found = Composition(case.shape, 1)

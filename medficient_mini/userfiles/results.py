@@ -27,9 +27,9 @@ def show(case: Case, labels: np.ndarray, arguments) -> None:
     """Write the picture of a case, masks, boxes and points: of an NPZ case only with --overlay."""
     if arguments.own_files or arguments.overlay:
         draw = contact_sheet if case.is_3d else overlay
-        picture = draw(case.volume if case.is_3d else case.image, labels, case.boxes)
+        picture = draw(case.pixels, labels, case.boxes)
         if case.points is not None:
-            centres = ((case.points + 0.5) * len(picture) / len(case.image)).astype(int).tolist()
+            centres = ((case.points + 0.5) * len(picture) / len(case.pixels)).astype(int).tolist()
             for centre, label in zip(centres, case.point_labels):
                 cv2.circle(picture, centre, 6, POINT_COLOURS[label], -1)
         name = stem_of(case.name) + "_overlay" * arguments.own_files

@@ -90,11 +90,11 @@ def test_nested_objects_with_the_default_weights(one_thread):
     model, labels = load_model(precision="f32"), {}
     for name in ("inner_first", "outer_first"):
         case = read_case(CASES / f"2D_MR_nested_{name}.npz", need_gts=True)
-        labels[name] = segment_image(model, case.image, case.boxes)
+        labels[name] = segment_image(model, case.pixels, case.boxes)
         assert all(dsc(case.gts == k, labels[name] == k) >= 0.95 for k in (1, 2))
     assert np.array_equal(labels["inner_first"], np.array([0, 2, 1])[labels["outer_first"]])
     case = read_case(CASES / "3D_MR_nested_inner_first.npz", need_gts=True)
-    found = segment_volume(model, case.volume, case.boxes, details=True, separate=True)
+    found = segment_volume(model, case.pixels, case.boxes, details=True, separate=True)
     for k, own in enumerate(found.masks(), 1):                               # no worse than each mask by itself
         truth = case.gts == k
         assert own.any() and dsc(truth, found.labels == k) >= dsc(truth, own) - 0.02

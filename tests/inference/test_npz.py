@@ -65,8 +65,8 @@ def test_inference_training_and_evaluation_give_the_same_answer(corpus, name):
         assert not header and not labels
     if not fault:
         case, described = read_case(path, need_gts=True), read_header(path)
-        assert (case.is_3d, case.shape, case.modality) == (described.is_3d, described.size, described.modality)
-        assert case.is_3d or case.image.flags.writeable and case.image.flags.c_contiguous
+        assert (case.is_3d, case.shape, case.modality) == (described.is_3d, described.shape, described.modality)
+        assert case.is_3d or case.pixels.flags.writeable and case.pixels.flags.c_contiguous
         assert (read_labels(path, "gts")[0] == case.gts).all() and described.has_gts
 
 
@@ -81,7 +81,7 @@ def test_whichever_byte_is_damaged_the_answer_is_one_line_or_the_same_case(tmp_p
             assert line.startswith("hit.npz: ") and "\n" not in line
         else:
             case = read_case(tmp_path / "hit.npz")
-            assert (case.image == RGB).all() and case.boxes.tolist() == [[1, 2, 20, 25]]
+            assert (case.pixels == RGB).all() and case.boxes.tolist() == [[1, 2, 20, 25]]
     assert "No such file" in error_of(read_case, tmp_path / "absent.npz")
     assert "unreadable" in error_of(read_case, tmp_path)
 
@@ -96,12 +96,12 @@ def test_files_that_never_arrived_are_called_what_they_are(corpus):
 
 def test_an_image_and_a_volume_come_back_as_they_are(tmp_path):
     case = read_case(save(tmp_path))
-    assert (case.image == RGB).all() and case.volume is None and not case.is_3d and case.name == "2D_CT_a.npz"
+    assert (case.pixels == RGB).all() and not case.is_3d and case.name == "2D_CT_a.npz"
     assert case.boxes.dtype == np.float64 and case.boxes.tolist() == [[1, 2, 20, 25]] and not case.warnings
     path = save(tmp_path, "3D_MR_a.npz", imgs=VOLUME, boxes=np.array([[1, 2, 3, 20, 25, 8]]),
                 spacing=np.array([3, 1, 1]), gts=(VOLUME > 99).astype(np.int64))
     case = read_case(path, need_gts=True)
-    assert (case.volume == VOLUME).all() and case.image is None and case.modality == "MR" and case.gts.dtype == np.uint8
+    assert (case.pixels == VOLUME).all() and case.modality == "MR" and case.gts.dtype == np.uint8
     assert (case.gts == (VOLUME > 99)).all() and case.spacing.tolist() == [3, 1, 1]
     assert read_case(path, need_boxes=False).boxes is None and read_case(path).gts is None
 
@@ -117,17 +117,17 @@ def test_the_name_or_the_shapes_decide_the_dimension(tmp_path, name, shape, colu
     case = read_case(path)
     assert case.is_3d == is_3d == read_header(path).is_3d and case.boxes.shape == (2, columns)
     if is_3d:
-        assert (case.volume == pixels).all()
+        assert (case.pixels == pixels).all()
     else:
-        assert case.image.shape == (*shape[:2], 3)
-        assert (case.image == np.broadcast_to(pixels.reshape(*shape[:2], -1)[..., :3], case.image.shape)).all()
+        assert case.pixels.shape == (*shape[:2], 3)
+        assert (case.pixels == np.broadcast_to(pixels.reshape(*shape[:2], -1)[..., :3], case.pixels.shape)).all()
 
 
 def test_masks_tell_a_narrow_volume_from_a_colour_image(tmp_path):
     path = save(tmp_path, "a.npz", imgs=VOLUME[..., :3], gts=VOLUME[..., :3] // 99, boxes=np.zeros(0))
     assert read_header(path).is_3d and read_case(path).is_3d and read_labels(path, "gts")[0].shape == (9, 30, 3)
     path = save(tmp_path, "a.npz", imgs=VOLUME[..., :3], gts=VOLUME[..., 0] // 99, boxes=np.zeros(0))
-    assert not read_header(path).is_3d and read_case(path, need_gts=True).image.shape == (9, 30, 3)
+    assert not read_header(path).is_3d and read_case(path, need_gts=True).pixels.shape == (9, 30, 3)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, ">f4", np.int16, np.uint16, np.int64])
@@ -135,21 +135,21 @@ def test_masks_tell_a_narrow_volume_from_a_colour_image(tmp_path):
 def test_other_types_within_0_255_are_converted(tmp_path, dtype, order):
     pixels = np.array(VOLUME, dtype, order=order)
     case = read_case(save(tmp_path, "3D_CT_a.npz", imgs=pixels, boxes=np.zeros((0, 6))))
-    assert case.volume.dtype == np.uint8 and (case.volume == VOLUME).all() and not case.warnings
-    assert case.volume.flags.c_contiguous
+    assert case.pixels.dtype == np.uint8 and (case.pixels == VOLUME).all() and not case.warnings
+    assert case.pixels.flags.c_contiguous
 
 
 @pytest.mark.parametrize("highest", [1.0001, 1.01])
 def test_rounding_above_1_is_no_brightness(tmp_path, highest):               # fault 8: the image stayed almost black
     case = read_case(save(tmp_path, imgs=RGB / 255.0 * highest))
-    assert np.abs(case.image.astype(int) - RGB).max() <= 3 and case.image.max() == 255
+    assert np.abs(case.pixels.astype(int) - RGB).max() <= 3 and case.pixels.max() == 255
     assert len(case.warnings) == 1 and f"found 0 to {highest}: multiplied by 255" in case.warnings[0]
 
 
 def test_fractions_are_rounded_and_0_1_is_spread(tmp_path):
-    assert read_case(save(tmp_path, imgs=np.full((4, 5), 99.6), boxes=np.zeros(0))).image.max() == 100
+    assert read_case(save(tmp_path, imgs=np.full((4, 5), 99.6), boxes=np.zeros(0))).pixels.max() == 100
     case = read_case(save(tmp_path, imgs=RGB / 255.0))
-    assert (case.image == RGB).all() and len(case.warnings) == 1 and "multiplied by 255" in case.warnings[0]
+    assert (case.pixels == RGB).all() and len(case.warnings) == 1 and "multiplied by 255" in case.warnings[0]
 
 
 def test_a_volume_is_never_held_in_the_files_type(tmp_path):

@@ -11,14 +11,14 @@ import pytest
 from npz_files import write_2d, write_3d
 
 from medficient_mini.inference.names import patient_of
-from medficient_mini.inference.npz import Header
+from medficient_mini.inference.npz import Case
 from medficient_mini.training.cases import (balance_weights, describe_patients, list_slices, scan_cases, split_cases,
                                             with_neighbours)
 from medficient_mini.training.volume_cache import SliceCache
 
 
 def headers(*names):
-    return [Header(Path(f"/x/{name}.npz"), name.split("_")[1], (8, 8), False, True) for name in names]
+    return [Case(Path(f"/x/{name}.npz"), (8, 8), True) for name in names]
 
 
 def test_scan_takes_what_inference_takes(tmp_path):                            # fault 7
@@ -80,7 +80,7 @@ def test_every_modality_of_two_patients_is_on_both_sides(fraction):            #
     ("P{}_slice{:02}", None), ("case{}_z{:03}", None), ("1000{}_{}", None), ("2D_US_patient{}-slice_{:02}", None),
     ("scan_{1}_of_{0}", r"of_(\d+)")])
 def test_slices_of_a_patient_stay_on_one_side(names, pattern):
-    cases = [Header(Path(f"/x/{name}.npz"), "US", (8, 8), False, True)
+    cases = [Case(Path(f"/x/{name}.npz"), (8, 8), True)
              for name in (names.format(patient, z) for patient in range(4) for z in range(40, 45))]
     sides = split_cases(cases, 0.25, 0, pattern)
     assert [len(side) for side in sides] == [15, 5] and describe_patients(cases, pattern) == "4 patients in 20 cases"

@@ -104,7 +104,7 @@ def test_pictures_become_cases_and_subfolders_stay_in_their_names(tmp_path, run)
     assert "2 of 2 written" in run("--instances", "--min-size", 3)[0]
     assert [path.name for path in list_cases(tmp_path / "o")] == ["2D_US_a.npz", "2D_US_patient1-slice_01.npz"]
     a, b = case_of(tmp_path), case_of(tmp_path, "2D_US_patient1-slice_01")
-    assert (a.image == grey[..., None]).all() and (b.image == colour).all() and not a.warnings + b.warnings
+    assert (a.pixels == grey[..., None]).all() and (b.pixels == colour).all() and not a.warnings + b.warnings
     assert a.modality == "US" and set(np.unique(a.gts)) == {0, 1, 2, 3} and len(a.boxes) == len(b.boxes) == 3
     assert a.boxes.tolist() == brute_boxes(a.gts)
     with np.load(tmp_path / "o/2D_US_a.npz", allow_pickle=False) as file:
@@ -122,14 +122,14 @@ def test_volumes_become_cases_along_the_wanted_axis(tmp_path, run):
         nib.save(nib.Nifti1Image(array, affine), tmp_path / folder / "v.nii.gz")
     run("--modality", "CT", "--window", 40, 400)
     case = case_of(tmp_path, "3D_CT_v")
-    assert case.spacing.tolist() == pytest.approx([1, 0.8, 3]) and case.volume.shape == (9, 8, 10)
+    assert case.spacing.tolist() == pytest.approx([1, 0.8, 3]) and case.pixels.shape == (9, 8, 10)
     # Slices run upward (file axis 1 reversed), rows backward (axis 0 reversed), columns leftward (axis 2 reversed).
     expected = data.transpose(1, 0, 2)[::-1, ::-1, ::-1]
-    assert (case.volume == np.floor(np.clip((expected + 160) / 400, 0, 1) * 255 + 0.5)).mean() > 0.99
+    assert (case.pixels == np.floor(np.clip((expected + 160) / 400, 0, 1) * 255 + 0.5)).mean() > 0.99
     assert case.boxes.tolist() == brute_boxes(case.gts) == [[2, 4, 4, 3, 6, 6]]
     run("--modality", "MR", "--axis", "sagittal")
     case = case_of(tmp_path, "3D_MR_v")
-    assert case.volume.shape == (10, 9, 8)
+    assert case.pixels.shape == (10, 9, 8)
     assert case.boxes[:, [2, 5]].tolist() == [[2, 3]] and case.boxes.tolist() == brute_boxes(case.gts)
 
 
@@ -174,7 +174,7 @@ def test_a_turned_image_beside_a_mask_is_said(tmp_path, run, mask_orientation): 
     assert "a.png: imgs: turned as its EXIF orientation says, see that a.png fits" in err
     assert ("a.png: gts: turned as its EXIF orientation says" in err) == (mask_orientation == 6)
     case = case_of(tmp_path)
-    assert (case.image[..., 0] > 0)[case.gts > 0].all() == (mask_orientation == 6)
+    assert (case.pixels[..., 0] > 0)[case.gts > 0].all() == (mask_orientation == 6)
     write_with_exif(tmp_path / "g/a.png", square[:30], 1)
     _, err = run(code=1)
     assert "expected the image's size (40, 40), found (30, 40)" in err[0]

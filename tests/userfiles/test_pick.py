@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def image_case():
-    return Case("a.png", "US", image=np.repeat(squares((128, 200), [(40, 80, 60, 120)])[..., None], 3, 2))
+    return Case(Path("a.png"), (128, 200), pixels=np.repeat(squares((128, 200), [(40, 80, 60, 120)])[..., None], 3, 2))
 
 
 def picker_of(case):
@@ -87,13 +87,13 @@ def test_it_is_drawn_only_when_something_changed(monkeypatch):  # fault 17
     monkeypatch.setattr(cv2, "getWindowProperty", lambda *_: 1)
     monkeypatch.setattr(cv2, "imshow", lambda window, picture: shown.append(window))
     monkeypatch.setattr(cv2, "waitKey", lambda _: next(keys))
-    assert pick(BrightSam(), Case("v.nii", "CT", volume=np.zeros((5, 64, 64), np.uint8)), "inside")
+    assert pick(BrightSam(), Case(Path("v.nii"), (5, 64, 64), pixels=np.zeros((5, 64, 64), np.uint8)), "inside")
     assert shown == ["v.nii - medficient_mini"] * 2
 
 
 @pytest.mark.parametrize("shape, longest", [((128, 200), 512), ((40, 20), 512), ((700, 300), 700), ((3000, 4000), 900)])
 def test_the_picture_fits_a_screen(shape, longest):
-    shown = picker_of(Case("a.png", "US", image=np.zeros((*shape, 3), np.uint8))).render()
+    shown = picker_of(Case(Path("a.png"), shape, pixels=np.zeros((*shape, 3), np.uint8))).render()
     assert shown.dtype == np.uint8 and shown.shape[2] == 3 and max(shown.shape[0] - 44, shown.shape[1]) == longest
 
 
@@ -111,7 +111,7 @@ def test_what_is_shown_follows_the_drawing():
 
 def test_slices_of_a_volume():
     volume = np.stack([squares((64, 64), [(20, 44, 10 + 2 * z, 34 + 2 * z)]) for z in range(9)])
-    picker = picker_of(Case("v.nii", "CT", volume=volume))
+    picker = picker_of(Case(Path("v.nii"), volume.shape, pixels=volume))
     assert picker.z == 4
     press(picker, "fl")                                          # no box yet
     press(picker, "pp")

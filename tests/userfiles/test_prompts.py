@@ -122,7 +122,7 @@ def test_matching_a_table_takes_one_look_at_each_file(tmp_path, monkeypatch):  #
 
 def test_a_picture_with_boxes_and_points(picture):
     case = read(picture, "--box 1 2 50 20 --not 39.5 29")
-    assert (case.image == IMAGE[..., None]).all() and not case.is_3d and case.intensity == "8 bits as they are"
+    assert (case.pixels == IMAGE[..., None]).all() and not case.is_3d and case.intensity == "8 bits as they are"
     assert case.boxes.tolist() == [[1, 2, 39, 20]]
     assert len(case.warnings) == 1 and case.warnings[0].startswith("a.png: boxes")
     assert case.points.tolist() == [[39.5, 29]] and case.point_labels.tolist() == [0]
@@ -196,7 +196,7 @@ def test_results_of_a_picture(tmp_path, picture):
 def test_results_of_a_volume(tmp_path, volume):
     nib = pytest.importorskip("nibabel")
     case = read(volume, "--box 1 2 3 5 6 7")
-    segs = (case.volume > 99).astype(np.uint16) * 300
+    segs = (case.pixels > 99).astype(np.uint16) * 300
     write(case, composition(segs), options(tmp_path / "out"), "{}", 1.0)
     before, mask = nib.load(volume), nib.load(tmp_path / "out" / "v_mask.nii.gz")
     assert (mask.affine == before.affine).all() and mask.get_data_dtype() == np.uint16
