@@ -159,8 +159,8 @@ def train(arguments, world):
     if arguments.resume:
         statistics = read_last(arguments.out)["extra"]
     else:
-        some = draw_slices(dataset.cases, dataset.slices, STATISTICS_SLICES, arguments.seed, power=0.5)
-        plain = replace(validation, cases=dataset.cases, slices=some, objects=None)
+        some = draw_slices(dataset.slices, STATISTICS_SLICES, arguments.seed, power=0.5)
+        plain = replace(validation, slices=some, objects=None)
         batches = single_batches(plain, world, "the teacher's mean and variance", shared=False)
         with world.autocast():
             statistics = statistics_of(teach(teacher, batch)[0] for _, batch in batches)

@@ -24,7 +24,7 @@ PIECE = 1 << 20                                                     # numbers st
 NAME = re.compile(r"([23])D(?:Box)?_([^_.]+)(?:_([^_.]+)_)?")       # dimension, modality, data set
 
 
-@dataclass
+@dataclass(eq=False)
 class Case:
     """One checked case; what was not asked for is None. The fields from `points` on are of users' own files alone."""
     path: Path                                  # of the file

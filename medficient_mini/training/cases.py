@@ -1,6 +1,6 @@
 """Training cases: find the NPZ files, split them by patient, list their slices, balance them.
 
-A case is the npz.Case of one NPZ file without its arrays; a slice is (index of the case, z), with z = 0 for an image.
+A case is the npz.Case of one NPZ file without its arrays; a slice is (case, z), with z = 0 for an image.
 """
 import re
 from collections import Counter, defaultdict
@@ -20,20 +20,20 @@ def scan_cases(folder, need_masks=False):
     A bad file, with `need_masks` also one without `gts`, costs a line on stderr.
     """
     paths = list_cases(folder)
-    cases = [header for _, header in _each(partial(read_header, need_gts=need_masks), paths, "checking cases")]
+    cases = [case for _, case in _each(partial(read_header, need_gts=need_masks), paths, "checking cases")]
     if not cases:
         raise ValueError(f"{folder}: expected a usable case, found none among {len(paths)} NPZ files")
     return cases
 
 
 def _each(function, items, label):
-    """Yield (position, function(item)), computed in threads; an item with a ValueError costs a line."""
+    """Yield (item, function(item)), computed in threads; an item with a ValueError costs a line."""
     with ThreadPoolExecutor(4) as pool:
         futures = [pool.submit(function, item) for item in items]
         bar = ProgressBar(futures, len(items), label)
-        for position, future in enumerate(bar):
+        for item, future in zip(items, bar):
             try:
-                yield position, future.result()
+                yield item, future.result()
             except ValueError as error:
                 bar.write(str(error))
 
@@ -86,23 +86,22 @@ def depth(case):
 def list_slices(cases, cache, labelled_only):
     """List the slices of all cases in order, or those with a label alone; what cannot be read is as in `scan_cases`."""
     found = _each(cache.objects, cases, "reading cases")                       # which reads each file once
-    return [(index, z) for index, (labelled, _) in found
-            for z in (labelled if labelled_only else range(depth(cases[index])))]
+    return [(case, z) for case, (labelled, _) in found for z in (labelled if labelled_only else range(depth(case)))]
 
 
-def with_neighbours(cases, slices):
-    """Add the slices just above and below the given ones of volumes; with `in_use` they teach where an object ends."""
-    near = {(index, z + step) for index, z in slices for step in (-1, 0, 1)}
-    return sorted((index, z) for index, z in near if 0 <= z < depth(cases[index]))
+def with_neighbours(slices):
+    """Add the slices just above and below those of volumes, in order; with `in_use` they teach where an object ends."""
+    near = dict.fromkeys((case, z + step) for case, z in slices for step in (-1, 0, 1))
+    return [(case, z) for case, z in near if 0 <= z < depth(case)]
 
 
-def balance_weights(cases, slices, power):
+def balance_weights(slices, power):
     """Weigh slices so that volumes do not drown images: float64 (number of slices,), of sum 1.
 
     A modality weighs (its number of cases) ** power, within it every case alike, within a case every slice alike.
     """
-    slices_of = Counter(index for index, _ in slices)
-    cases_of = Counter(cases[index].modality for index in slices_of)
+    slices_of = Counter(case for case, _ in slices)
+    cases_of = Counter(case.modality for case in slices_of)
     total = sum(count ** power for count in cases_of.values())
     share = {modality: count ** (power - 1) / total for modality, count in cases_of.items()}
-    return np.array([share[cases[index].modality] / slices_of[index] for index, _ in slices])
+    return np.array([share[case.modality] / slices_of[case] for case, _ in slices])

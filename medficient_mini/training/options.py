@@ -146,20 +146,20 @@ def read_data(arguments, world, network, labelled, mask_size=None):
         slices = list_slices(cases, cache, labelled)
         val_slices = list_slices(val_cases, cache, val_labelled)
     if arguments.in_use and labelled:
-        slices = with_neighbours(cases, slices)                                # without labels all are there already
+        slices = with_neighbours(slices)                                       # without labels all are there already
     if arguments.limit_samples:
-        slices = draw_slices(cases, slices, arguments.limit_samples, arguments.seed)
+        slices = draw_slices(slices, arguments.limit_samples, arguments.seed)
     if not val_slices:
         raise ValueError(f"{arguments.val or arguments.data}: no validation slice{' with a label' * val_labelled} in "
                          f"{len(val_cases)} cases, expected --val or more cases")
     # The same slices and prompts in every run, whatever its seed; boxes are as loose as users draw them.
-    val_slices = draw_slices(val_cases, val_slices, arguments.val_limit, seed=0, power=0.5)
+    val_slices = draw_slices(val_slices, arguments.val_limit, seed=0, power=0.5)
     mask_size = mask_size or size
     prompts = Objects(5, mask_size, network.image_size, jitter=0.03) if val_labelled else None
     drawn = Objects(arguments.boxes, mask_size, network.image_size, arguments.box_shift, arguments.box_jitter)
-    training = SliceDataset(cases, slices, cache, (size, network.resize), drawn, arguments.seed,
+    training = SliceDataset(slices, cache, (size, network.resize), drawn, arguments.seed,
                             photometric=arguments.photometric, in_use=arguments.in_use)
-    return training, SliceDataset(val_cases, val_slices, cache, training.network_input, prompts)
+    return training, SliceDataset(val_slices, cache, training.network_input, prompts)
 
 
 def outside_validation(cases, val_cases, arguments):
@@ -179,9 +179,9 @@ def outside_validation(cases, val_cases, arguments):
     return left
 
 
-def draw_slices(cases, slices, count, seed, power=None):
+def draw_slices(slices, count, seed, power=None):
     """Return `count` different slices in random order; `power` favours small modalities as `balance_weights` does."""
-    weights = 1.0 if power is None else balance_weights(cases, slices, power)
+    weights = 1.0 if power is None else balance_weights(slices, power)
     keys = -np.log(1 - np.random.default_rng(seed).random(len(slices))) / weights
     return [slices[i] for i in np.argsort(keys)[:count]]               # Efraimidis & Spirakis 2006: no replacement
 
@@ -196,8 +196,8 @@ def single_batches(dataset, world, label, shared=True):
 def modality_means(dataset, scores, world):
     """Average all processes' {index: score} over slices of a case, cases, modalities: {"dsc": mean, "dsc_CT": …}."""
     scores = np.array([*world.sum(dict.fromkeys(range(len(dataset)), 0.0) | scores).values()])
-    weights = balance_weights(dataset.cases, dataset.slices, power=0)
-    modalities = np.array([dataset.cases[index].modality for index, _ in dataset.slices])
+    weights = balance_weights(dataset.slices, power=0)
+    modalities = np.array([case.modality for case, _ in dataset.slices])
     means = {f"dsc_{name}": np.average(scores, weights=weights * (modalities == name)).item()
              for name in sorted(set(modalities))}
     return {"dsc": (weights @ scores).item()} | means

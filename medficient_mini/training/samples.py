@@ -42,8 +42,7 @@ class SliceDataset(torch.utils.data.Dataset):
     For distillation also `teacher_image`, and the `embedding_file` that keeps the teacher's answer. A network is not
     equivariant, so a flipped image has a file of its own; "" is that of an image rotated or photometrically changed.
     """
-    cases: list                             # see cases.py
-    slices: list                            # of (index of the case, z)
+    slices: list                            # of (case, z), see cases.py
     cache: SliceCache
     network_input: tuple[int, str]          # side, and how images come to it: see `to_network`
     objects: Objects | None = None
@@ -61,8 +60,7 @@ class SliceDataset(torch.utils.data.Dataset):
         """Draw the sample of a key (epoch, position in it, index of the slice); the same key gives the same sample."""
         epoch, position, index = key
         rng = np.random.default_rng([self.seed, epoch, position])
-        case_index, z = self.slices[index]
-        case, mode = self.cases[case_index], self.mode
+        (case, z), mode = self.slices[index], self.mode
         original, labels = self.cache.image_and_labels(case, z)
         image = photometric(original, rng) if self.photometric else original
         if labels is None or not self.objects:

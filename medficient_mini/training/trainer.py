@@ -47,7 +47,7 @@ class Trainer:
     def __init__(self, arguments, world, task, dataset):
         self.arguments, self.world, self.task, count = arguments, world, task, len(dataset)
         power = arguments.balance
-        self.weights = None if power is None else balance_weights(dataset.cases, dataset.slices, power)
+        self.weights = None if power is None else balance_weights(dataset.slices, power)
         self.epoch_samples = (arguments.samples_per_epoch or count) // world.size * world.size
         self.batch = arguments.bs * arguments.accumulate * world.size          # samples of one update
         if self.batch > min(count, self.epoch_samples):

@@ -108,20 +108,21 @@ def test_slices_with_labels_their_neighbours_and_a_damaged_file(tmp_path, capsys
     write_2d(tmp_path / "npz", "2D_US_empty", labels=0)
     write_3d(tmp_path / "npz", "3D_CT_c")
     cases, cache = scan_cases(tmp_path / "npz"), SliceCache(tmp_path / "cache", 10)
-    assert list_slices(cases, cache, False) == [(0, 0), (2, 0)] + [(3, z) for z in range(6)]          # faults 7 and 8
+    a, _, empty, c = cases
+    assert list_slices(cases, cache, False) == [(a, 0), (empty, 0)] + [(c, z) for z in range(6)]      # faults 7 and 8
     assert capsys.readouterr().err.count("2D_US_damaged.npz: file: expected a whole NPZ archive") == 1
     labelled = list_slices(cases, cache, True)
-    assert labelled == [(0, 0), (3, 1), (3, 2), (3, 3)]
+    assert labelled == [(a, 0), (c, 1), (c, 2), (c, 3)]
     assert capsys.readouterr().err.count("2D_US_damaged.npz: file: expected a whole NPZ archive") == 1
-    assert with_neighbours(cases, labelled[::-1]) == [(0, 0)] + [(3, z) for z in range(5)]
+    assert with_neighbours(labelled) == [(a, 0)] + [(c, z) for z in range(5)]
     unlabelled = [replace(case, has_gts=False) for case in cases[:2]]
-    assert list_slices(unlabelled, cache, False) == [(0, 0)]
+    assert list_slices(unlabelled, cache, False) == [(unlabelled[0], 0)]
 
 
 def test_balance_draws_modality_then_case_then_slice():
     cases = headers("3D_CT_1", *[f"2D_US_{i}" for i in range(16)], *[f"2D_OCT_{i}" for i in range(4)])
-    slices = [(0, z) for z in range(100)] + [(i, 0) for i in range(1, 21)]
-    weights, share = balance_weights(cases, slices, power=0.5), Counter()
-    for (index, _), weight in zip(slices, weights):
-        share[cases[index].modality] += weight
+    slices = [(cases[0], z) for z in range(100)] + [(case, 0) for case in cases[1:]]
+    weights, share = balance_weights(slices, power=0.5), Counter()
+    for (case, _), weight in zip(slices, weights):
+        share[case.modality] += weight
     assert share == pytest.approx({"CT": 1 / 7, "US": 4 / 7, "OCT": 2 / 7}) and len(set(weights[:100])) == 1

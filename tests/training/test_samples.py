@@ -37,9 +37,9 @@ def same(a, b):
 
 
 def test_samples_depend_on_seed_epoch_and_position_alone(cases, cache):
-    slices = with_neighbours(cases, list_slices(cases, cache, True))
+    slices = with_neighbours(list_slices(cases, cache, True))
     options = dict(mode="full", objects=Objects(2, 32, 32), in_use=0.5, photometric=True)
-    first, again, other = (SliceDataset(cases, slices, cache, (32, "bilinear"), seed=seed, **options)
+    first, again, other = (SliceDataset(slices, cache, (32, "bilinear"), seed=seed, **options)
                            for seed in (1, 1, 2))
     assert all(same(first[e, p, p % 6], again[e, p, p % 6]) for e in range(2) for p in range(12))
     assert not all(same(first[0, p, 0], first[1, p, 0]) for p in range(6))
@@ -47,7 +47,7 @@ def test_samples_depend_on_seed_epoch_and_position_alone(cases, cache):
 
 
 def test_a_sample_without_augmentation_holds_the_image_its_boxes_and_masks(cases, cache):
-    dataset = SliceDataset(cases, [(IMAGE, 0)], cache, (128, "bilinear"), Objects(3, 64, 256, shift=0))
+    dataset = SliceDataset([(cases[IMAGE], 0)], cache, (128, "bilinear"), Objects(3, 64, 256, shift=0))
     sample, (image, gts) = dataset[0, 0, 0], cache.image_and_labels(cases[IMAGE])
     assert torch.equal(sample["image"], to_network(image, 128)) and sample["masks"].dtype == torch.uint8
     assert sample["box_valid"].tolist() == [True, True, False]
@@ -59,19 +59,19 @@ def test_a_sample_without_augmentation_holds_the_image_its_boxes_and_masks(cases
 
 
 def test_volumes_are_prompted_as_in_use_and_taught_where_objects_end(cases, cache):
-    slices = [(VOLUME, z) for z in range(5)]                                   # labels in slices 1 to 3
+    slices = [(cases[VOLUME], z) for z in range(5)]                            # labels in slices 1 to 3
     options = dict(objects=Objects(2, 32, 32, shift=0), mode="full")
-    dataset = SliceDataset(cases, slices, cache, (32, "bilinear"), in_use=1.0, **options)
+    dataset = SliceDataset(slices, cache, (32, "bilinear"), in_use=1.0, **options)
     for position in range(8):
         samples = [dataset[0, position, k] for k in range(5)]
         assert all(sample["box_valid"].any() for sample in samples)
         assert [bool(sample["masks"].any()) for sample in samples] == [False, True, True, True, False]
-    never = SliceDataset(cases, slices, cache, (32, "bilinear"), **options)
+    never = SliceDataset(slices, cache, (32, "bilinear"), **options)
     assert not never[0, 0, 0]["box_valid"].any() and never[0, 0, 3]["box_valid"].all()
 
 
 def test_student_and_teacher_see_the_same_image(cases, cache):
-    dataset = SliceDataset(cases, [(BARE, 0)], cache, (64, "bilinear"), Objects(1, 32, 64), mode="flips",
+    dataset = SliceDataset([(cases[BARE], 0)], cache, (64, "bilinear"), Objects(1, 32, 64), mode="flips",
                            teacher_input=(32, "area"))
     image, seen = cache.image_and_labels(cases[BARE])[0], Counter()
     for position in range(20):
@@ -86,7 +86,7 @@ def test_student_and_teacher_see_the_same_image(cases, cache):
 def test_samples_name_the_file_of_their_embedding(cases, cache, tmp_path):
     """One for each of the four flips; none for what is otherwise changed, and no network would say the same of."""
     def names(**options):
-        dataset = SliceDataset(cases, [(IMAGE, 0)], cache, (32, "bilinear"), embeddings=tmp_path, **options,
+        dataset = SliceDataset([(cases[IMAGE], 0)], cache, (32, "bilinear"), embeddings=tmp_path, **options,
                                teacher_input=(32, "bilinear"))
         samples = [dataset[0, position, 0] for position in range(20)]
         images = {sample["embedding_file"]: sample["teacher_image"] for sample in samples}
@@ -145,7 +145,7 @@ def test_weights_count():
 
 def test_loader_is_the_same_with_and_without_workers_and_takes_its_keys_anew(cases, cache):
     slices = list_slices(cases, cache, False)
-    dataset = SliceDataset(cases, slices, cache, (32, "bilinear"), mode="flips", objects=Objects(1, 32, 32))
+    dataset = SliceDataset(slices, cache, (32, "bilinear"), mode="flips", objects=Objects(1, 32, 32))
     epochs = [epoch_keys(len(slices), 0, epoch, len(slices))[2:] for epoch in (0, 1)]
     expected = [[dataset[key]["image"] for key in keys] for keys in epochs]
     batches = []
