@@ -6,7 +6,6 @@
 
 The checkpoints hold the encoder alone: infer.py --weights runs/distill/best.pt --decoder-weights lite_medsam.
 """
-import hashlib
 import sys
 from dataclasses import replace
 from functools import partial
@@ -18,6 +17,7 @@ from torch import nn
 
 from medficient_mini.files import add_option
 from medficient_mini.inference.checkpoint import load_state, load_strictly, resolve
+from medficient_mini.inference.origin import digest
 from medficient_mini.nets.sam import build_sam
 from medficient_mini.training.losses import decode_boxes, dice_loss, dsc, embedding_mse
 from medficient_mini.training.options import (common_parser, draw_slices, modality_means, read_data, run_script,
@@ -153,8 +153,8 @@ def train(arguments, world):
         dataset.objects = None
     dataset.teacher_input = validation.teacher_input = teacher.image_size, teacher.resize
     if arguments.embeddings:
-        digest = hashlib.sha256(resolve(arguments.teacher).read_bytes()).hexdigest()
-        dataset.embeddings = validation.embeddings = Path(arguments.embeddings, digest[:16])    # one folder per teacher
+        # One folder per teacher.
+        dataset.embeddings = validation.embeddings = Path(arguments.embeddings, digest([resolve(arguments.teacher)]))
         dataset.embeddings.mkdir(parents=True, exist_ok=True)
     if arguments.resume:
         statistics = read_last(arguments.out)["extra"]

@@ -220,7 +220,7 @@ class Trainer:
                    "state": vars(self.state), "extra": self.task.extra}
         if name == "last.pt":
             content |= {"raw": self.task.model.state_dict(), "ema": self.ema.state_dict() if self.ema else {},
-                        "optimizer": self.optimizer.state_dict(), "torch_random": torch.get_rng_state()}
+                        "optimizer": self.optimizer.state_dict()}
         if self.world.first:
             with writing(self.folder / name) as temporary:
                 torch.save(content, temporary)
@@ -236,7 +236,6 @@ class Trainer:
         if self.ema:
             self.ema.load_state_dict(saved["ema"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["torch_random"])
         vars(self.state).update(saved["state"])
         say(f"resuming at step {self.state.step} of {self.steps}")
 
