@@ -26,7 +26,8 @@ from medficient_mini.show.progress import ProgressBar
 
 def parse_arguments(argv):
     parser, add = option_parser(__doc__)
-    add("-s --segs", str, "folders of masks, side by side", required=True, nargs="+", metavar="[NAME=]FOLDER")
+    add("-s --segs", str, "folders of masks, side by side", required=True, nargs="+", action="extend",
+        metavar="[NAME=]FOLDER")
     add("-g --gts", str, "folder of ground truth", required=True, metavar="FOLDER")
     add("-o --output", Path, "where the tables go (default: the first -s folder)", metavar="DIR")
     add("--tolerance", 2.0, "of NSD; pixels in 2D", metavar="MM")
@@ -53,8 +54,9 @@ def main(argv=None) -> int:
 def evaluate(arguments) -> int:
     """Score, write the tables, draw; return how many things were wrong with the input."""
     folders, problems, hints = named_folders(arguments.segs), [], []
-    truths = files_by_name(arguments.gts, problems)
     masks = {name: files_by_name(folder, problems) for name, folder in folders.items()}
+    results = {folder.resolve() for folder in folders.values()} - {Path(arguments.gts).resolve()}
+    truths = files_by_name(arguments.gts, problems, results)
     without = "cases without masks, " + ("left out" if arguments.skip_missing else "scored 0")
     for name, found in masks.items():
         for names, what in ((found.keys() - truths.keys(), "files without ground truth"),
@@ -95,7 +97,8 @@ def named_folders(arguments):
     """Return {name: folder} of "name=folder" and "folder", named after itself. ValueError where a name comes twice."""
     folders = {}
     for argument in arguments:
-        name, _, folder = ("", "", argument) if Path(argument).exists() else argument.rpartition("=")
+        is_folder = "=" not in argument or Path(argument).exists()
+        name, _, folder = ("", "", argument) if is_folder else argument.partition("=")
         name = name or Path(folder).resolve().name
         if name in folders or "/" in name:
             raise ValueError(f"-s {argument}: expected NAME=FOLDER, each with a name of its own without /, found "
@@ -104,12 +107,17 @@ def named_folders(arguments):
     return folders
 
 
-def files_by_name(folder, problems):
-    """Return {composed file name: path} of a folder's NPZ files; each name that recurs costs a line in `problems`."""
+def files_by_name(folder, problems, without=frozenset()):
+    """Return {composed file name: path} of a folder's NPZ files, those below folders of `without` left out.
+
+    Each name that recurs costs a line in `problems`.
+    """
     found = {}
-    for path in list_cases(folder):
-        if (first := found.setdefault(composed(path.name), path)) != path:
-            problems.append(f"{path}: expected each file name once, found {first} before")
+    for path in list_cases(Path(folder).absolute()):                           # "." would name no modality
+        if without.isdisjoint((path.parent.resolve() / path.name).parents):
+            first = found.setdefault(composed(f"{path.stem}.npz"), path)
+            if first != path:
+                problems.append(f"{path}: expected each file name once, found {first} before")
     return found
 
 

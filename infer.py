@@ -14,13 +14,14 @@ import time
 from pathlib import Path
 
 import cv2
+import numpy as np
 import torch
 
 from medficient_mini.cpu.fast import PRECISIONS
 from medficient_mini.files import exit_status, first_line, option_parser
 from medficient_mini.inference.checkpoint import load_model, resolve
 from medficient_mini.inference.compose import OVERLAPS
-from medficient_mini.inference.npz import list_cases, read_case, read_labels
+from medficient_mini.inference.npz import list_cases, read_case
 from medficient_mini.inference.origin import digest, made_with, what_changed
 from medficient_mini.inference.predictor import segment_image
 from medficient_mini.inference.volume import PROPAGATIONS, segment_volume
@@ -75,6 +76,8 @@ def check(arguments):
     except RuntimeError:
         raise ValueError(f"--device: expected cpu, cuda, cuda:1, …, found {arguments.device}") from None
     check_prompts(arguments)
+    if arguments.z_exclusive and arguments.own_files:
+        raise ValueError("--z-exclusive: expected NPZ cases, found boxes of your own, which are inclusive")
     if arguments.pick:
         require_display()
     return arguments
@@ -95,9 +98,11 @@ def list_inputs(arguments) -> tuple[dict, list[str]]:
 
     ValueError where an output would replace an input or no case is found.
     """
-    source, output = arguments.input.resolve(), arguments.output.resolve()
-    if output == (source if source.is_dir() else source.parent):
-        raise ValueError(f"{arguments.output}: expected another folder for the masks than that of the cases")
+    source = Path(os.path.abspath(arguments.input))
+    source = (source if source.is_dir() else source.parent).resolve()         # the folder of a link, not of its target
+    outputs = {path.resolve() for path in (arguments.output, arguments.overlay) if path}
+    if source in (outputs if arguments.own_files else {arguments.output.resolve()}):
+        raise ValueError(f"{source}: expected another folder for results than that of the cases")
     if arguments.own_files:
         found, wrong = list_user_files(arguments)
     else:
@@ -105,16 +110,17 @@ def list_inputs(arguments) -> tuple[dict, list[str]]:
             found, wrong = dict.fromkeys(list_cases(arguments.input)), []
         except ValueError as error:
             raise ValueError(f"{error} (pictures and volumes need --box, --boxes, --point or --pick)") from None
-    # Results of an earlier run are no cases.
-    below = {folder for folder in (output, (arguments.overlay or output).resolve()) if source in folder.parents}
+    results = {folder for folder in outputs if source in folder.parents}
+    inputs = [path for path in found if results.isdisjoint((path.parent.resolve() / path.name).parents)]
+    if len(inputs) < len(found):
+        print(f"{len(found) - len(inputs)} files in {', '.join(map(str, results))} left out: results, not cases")
     cases, stems = {}, {}
-    for path in found:
-        if below.isdisjoint(path.resolve().parents):
-            first = stems.setdefault(stem_of(path), path)
-            if first == path:
-                cases[path] = found[path]
-            else:
-                wrong.append(f"{path}: name: expected one of its own, found {first} with the same result")
+    for path in inputs:
+        first = stems.setdefault(stem_of(path), path)
+        if first == path:
+            cases[path] = found[path]
+        else:
+            wrong.append(f"{path}: name: expected one of its own, found {first} with the same result")
     return cases, wrong
 
 
@@ -135,7 +141,8 @@ def prepare(path: Path, boxes, decisive: dict, arguments):
         case = read_case(path, z_exclusive=arguments.z_exclusive)
     if reason:
         return case, reason, origin
-    show(case, read_labels(result, "segs")[0], arguments)
+    with np.load(result, allow_pickle=False) as file:        # its name may be that of a challenge's case of other axes
+        show(case, file["segs"], arguments)
     return None
 
 
@@ -217,7 +224,7 @@ def run(arguments) -> int:
             undecorated += bool(fault)
         except Exception as error:                               # whatever is wrong with a case, it costs one line
             line = first_line(error)
-            line = line if path.name in line else f"{path.name}: {line}"
+            line = line if line.startswith(f"{path.name}:") else f"{path.name}: {line}"
             stale = arguments.output / f"{stem_of(path)}.npz"
             wrong.append(f"{line}; {stale} holds the masks of an earlier run" if os.path.exists(stale) else line)
             bar.write(wrong[-1])

@@ -146,6 +146,8 @@ def train(arguments, world):
     """Read the cases, build the task, train; returns the exit status. ValueError, one line, for bad input."""
     if arguments.mask_loss and not arguments.decoder_weights:
         raise ValueError("--mask-loss: expected --decoder-weights FILE beside it, e.g. lite_medsam, found none")
+    if arguments.augment and not arguments.flips:
+        raise ValueError("--no-flips: expected no --augment beside it, which flips too, found it")
     student, teacher = build_student(arguments), world.to_device(read_teacher(arguments.teacher))
     dataset, validation = read_data(arguments, world, student, labelled=False, mask_size=256)       # as decoder
     dataset.mode = "full" if arguments.augment else "flips" if arguments.flips else "none"
@@ -158,6 +160,8 @@ def train(arguments, world):
         dataset.embeddings.mkdir(parents=True, exist_ok=True)
     if arguments.resume:
         statistics = read_last(arguments.out)["extra"]
+        if not statistics:
+            raise ValueError(f"{arguments.out}/last.pt: --resume: expected a run of this script, found another's")
     else:
         some = draw_slices(dataset.slices, STATISTICS_SLICES, arguments.seed, power=0.5)
         plain = replace(validation, slices=some, objects=None)

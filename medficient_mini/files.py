@@ -21,10 +21,10 @@ def list_files(path, suffixes: tuple[str, ...]) -> list[Path]:
         raise ValueError(f"{path}: expected a folder or a file that ends in {', '.join(suffixes)}, "
                          f"found {'another file' if path.exists() else 'nothing of that name'}")
 
-    def complain(error):
+    def pass_over(error):
         print(f"{error.filename}: expected a folder to read, found: {error.strerror}", file=sys.stderr)
 
-    for folder, subfolders, names in os.walk(path, onerror=complain, followlinks=True):
+    for folder, subfolders, names in os.walk(path, onerror=pass_over, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:                                 # a link back to where the walk has been
             subfolders.clear()
@@ -32,7 +32,8 @@ def list_files(path, suffixes: tuple[str, ...]) -> list[Path]:
             seen.add(real)
             subfolders.sort()
             found += [Path(folder, name) for name in names if name.lower().endswith(suffixes) and name[0] != "."]
-    found = sorted(file for file in found if file.is_file() or not file.exists())            # a dead link gets a line
+    # A dead link, and what may not be looked at, get a line when they are read.
+    found = sorted(file for file in found if os.path.isfile(file) or not os.path.exists(file))
     if not found:
         raise ValueError(f"{path}: expected files that end in {', '.join(suffixes)} in this folder, found none")
     return found
@@ -58,7 +59,15 @@ def whole_file(path):
 
 def first_line(error) -> str:
     """Return the first line of an error's message, its type where it has none: what a user is shown."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # A process of torch's that reads samples sends a traceback along, which ends with the error itself.
+    return lines[-1].removeprefix("ValueError: ") if lines[0].startswith("Caught ") else lines[0]
+
+
+def complain(error) -> None:
+    """Write an error that ends a script on stderr, in one line; one that is not meant for users with its type."""
+    kind = "" if isinstance(error, (ValueError, OSError, RuntimeError, MemoryError)) else f"{type(error).__name__}: "
+    print(kind + first_line(error), file=sys.stderr)
 
 
 def show_any_name() -> None:
@@ -95,9 +104,7 @@ def exit_status(work, stopped: str = "stopped") -> int:
     try:
         return 1 if work() else 0
     except Exception as error:
-        # Whatever is not meant for users is told with its type, for the report of a fault.
-        kind = "" if isinstance(error, (ValueError, OSError, RuntimeError, MemoryError)) else f"{type(error).__name__}: "
-        print(kind + first_line(error), file=sys.stderr)
+        complain(error)
         return 1
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)

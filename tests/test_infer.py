@@ -217,7 +217,9 @@ def test_options_reach_the_network(cases, tmp_path, run, monkeypatch):
     (["-i", "absent", "-o", "out"], "absent"), (["-i", DEMO, "-o", "out", "--weights", "absent.pth"], "absent.pth"),
     (["-i", DEMO, "-o", "out", "--part", "4/3"], "--part"), (["-i", DEMO, "-o", DEMO], "another folder"),
     (["-i", DEMO, "-o", "file"], "file"), (["-i", DEMO, "-o", "out", "--threads", "0"], "--threads: expected"),
-    (["-i", DEMO, "-o", "out", "--device", "banana"], "--device: expected")])
+    (["-i", DEMO, "-o", "out", "--device", "banana"], "--device: expected"),
+    (["-i", DEMO, "-o", "out", "--window", "lung"], "--axis, --series, --window: expected boxes of your own"),
+    (["-i", DEMO, "-o", "out", "--box", 1, 2, 3, 4, "--z-exclusive"], "--z-exclusive: expected NPZ cases")])
 def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, run, words, expected):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
@@ -235,12 +237,22 @@ def test_a_precision_beside_a_gpu_is_refused(tmp_path, capsys, device, expected)
     assert len(err) == 1 and expected in err[0]
 
 
+def test_a_link_is_an_input_where_it_lies(cases, tmp_path, run):
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "2D_US_a.npz"
+    link.symlink_to(cases / "2D_US_a.npz")
+    _, err = run("-i", link, "-o", tmp_path / "links", code=1)
+    assert len(err) == 1 and "another folder" in err[0] and link.is_symlink()
+    assert "1 segmented" in run("-i", tmp_path / "links", "-o", cases)[0] and link.is_symlink()
+
+
 def test_results_below_the_input_are_no_cases(cases, run):
     one = cases / "2D_US_a.npz"
     assert "1 segmented" in run("-i", one, "-o", cases / "out")[0]
     assert "1 segmented" in run("-i", one, "-o", cases.parent)[0]
     assert "2 segmented, 1 skipped" in run("-i", cases, "-o", cases / "out", "--overlay", cases / "pictures")[0]
-    assert "0 segmented, 3 skipped" in run("-i", cases, "-o", cases / "out", "--overlay", cases / "pictures")[0]
+    out, _ = run("-i", cases, "-o", cases / "out", "--overlay", cases / "pictures")
+    assert "0 segmented, 3 skipped" in out and out.startswith("3 files in ") and "left out: results, not cases" in out
 
 
 @pytest.mark.parametrize("weights", ["l1", "l0"])

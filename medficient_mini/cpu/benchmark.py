@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..files import option_parser
+from ..files import exit_status, option_parser
 from ..inference.checkpoint import load_model, resolve
 from ..inference.geometry import boxes_to_network, to_network
 from ..inference.npz import read_case, write_segs
@@ -239,7 +239,7 @@ def compare_forms(weights, folder, free):
         print_row(f"{case} case, cold", "–", *("{:.2f} s, {:.0f} MB".format(*found) for found in cold))
 
 
-def main(argv=None):
+def benchmark(argv):
     """Print one of the two tables."""
     parser, add = option_parser(__doc__)
     add("--infer", False, "compare the forms of one network")
@@ -258,5 +258,10 @@ def main(argv=None):
             table_5(folder)
 
 
+def main(argv=None):
+    """Run the command line; return 1, with a line on stderr, where it failed."""
+    return exit_status(lambda: benchmark(argv))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

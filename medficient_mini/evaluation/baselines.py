@@ -31,11 +31,15 @@ def fill_cases(argv) -> int:
     add("-o --output", Path, "folder for the masks", required=True)
     add("--shape", "ellipse", "what fills the box", choices=("box", "ellipse"))
     arguments = parser.parse_args(argv)
-    paths, failed = list_cases(arguments.input), 0
-    if arguments.output.resolve() in {path.resolve().parent for path in paths}:
+    output, failed, written = arguments.output.resolve(), 0, set()
+    paths = [path for path in list_cases(arguments.input) if output not in (path.parent.resolve() / path.name).parents]
+    if not paths:                                                              # results of an earlier run are no cases
         raise ValueError(f"{arguments.output}: expected another folder than the cases'")
     for path in (bar := ProgressBar(paths, len(paths), "filling")):
         try:
+            if path.name in written:
+                raise ValueError(f"{path}: name: expected one of its own, found another case's")
+            written.add(path.name)
             case = read_case(path)
             write_segs(arguments.output / path.name, fill(case.shape, case.boxes, arguments.shape == "ellipse"))
             lines = case.warnings

@@ -152,8 +152,8 @@ class Predictor:
         Points are (P, 2) x y with labels (P,), 1 or True on the object, 0 beside it; the box (4,) x0 y0 x1 y1; the mask
         (1, 256, 256), logits of an earlier prediction. Returns masks (C, H, W) bool, float32 with `return_logits`;
         predicted IoU (C,); logits (C, 256, 256); C is 3 with `multimask_output`, else 1. Not in SAM: boxes (N, 4)
-        without points and mask are N prompts, and all results have N in front. RuntimeError where no image is set,
-        ValueError for prompts that `check_boxes` or `check_points` refuses, and for none.
+        without points and mask are N prompts, even a single one, and all results have N in front. RuntimeError where no
+        image is set, ValueError for prompts that `check_boxes` or `check_points` refuses, and for none.
         """
         self.get_image_embedding()
         one = True
@@ -178,18 +178,22 @@ class Predictor:
         """
         embedding = self.get_image_embedding()
         prompts = [prompt for prompt in (point_coords, point_labels, boxes, mask_input) if prompt is not None]
-        if len(set(map(len, prompts))) != 1 or (point_coords is None) != (point_labels is None):
-            raise ValueError("prompts: expected as many boxes as masks and as sets of points with labels, found shapes "
-                             f"{[tuple(prompt.shape) for prompt in prompts]}")
+        if (len(set(map(len, prompts))) != 1 or (point_coords is None) != (point_labels is None)
+                or boxes is not None and boxes.shape[1:] != (4,)
+                or mask_input is not None and mask_input.shape[1:] != (1, 256, 256)):
+            raise ValueError("prompts: expected as many boxes (B, 4) as masks (B, 1, 256, 256) and as sets of points "
+                             f"with labels, found shapes {[tuple(prompt.shape) for prompt in prompts]}")
         if not all(prompt.isfinite().all() for prompt in prompts):
             raise ValueError("prompts: expected finite numbers")
         if boxes is not None:                # checked as pixels of the image, without the rounding of float32
             zoom = np.divide(self.original_size, self.input_size)[[1, 0, 1, 0]]
             check_boxes((boxes.cpu().numpy() * zoom).round(2), self.original_size, "boxes")
+            boxes = boxes.float()
         if point_coords is not None:
             if 0 in point_labels.shape[1:] or not np.isin(point_labels.cpu(), (-1, 0, 1)).all():
                 raise ValueError("point labels: expected 0, 1 or -1, one for each prompt at least")
-            point_labels = point_labels.int()                            # of booleans, the padding -1 would become 1
+            # Of booleans, the padding -1 would become 1.
+            point_coords, point_labels = point_coords.float(), point_labels.int()
         logits, iou = decode(self.model, embedding, boxes, point_coords, point_labels, mask_input, multimask_output)
         if return_logits:
             masks = postprocess_masks(logits, *self.frame)

@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -19,7 +20,7 @@ def scan_cases(folder, need_masks=False):
 
     A bad file, with `need_masks` also one without `gts`, costs a line on stderr.
     """
-    paths = list_cases(folder)
+    paths = list_cases(Path(folder).absolute())              # "." would name no patient
     cases = [case for _, case in _each(partial(read_header, need_gts=need_masks), paths, "checking cases")]
     if not cases:
         raise ValueError(f"{folder}: expected a usable case, found none among {len(paths)} NPZ files")
@@ -31,7 +32,7 @@ def _each(function, items, label):
     with ThreadPoolExecutor(4) as pool:
         futures = [pool.submit(function, item) for item in items]
         bar = ProgressBar(futures, len(items), label)
-        for item, future in zip(items, bar):
+        for future, item in zip(bar, items):
             try:
                 yield item, future.result()
             except ValueError as error:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..files import add_option, option_parser, show_any_name
+from ..files import add_option, complain, option_parser, show_any_name
 from ..inference.names import patient_of
 from ..machine import keep_memory
 from ..show.progress import ProgressBar
@@ -26,7 +26,7 @@ from .volume_cache import SliceCache, file_key
 
 RANGES = ((1, math.inf, "bs accumulate epochs steps samples_per_epoch limit_samples val_limit log_steps boxes threads"),
           (0, math.inf, "lr weight_decay minutes save_minutes cache_mb seed workers warmup box_shift"),
-          (0.001, math.inf, "clip"), (0, 1, "in_use"), (0, 0.499, "box_jitter"), (0.001, 0.999, "val_fraction"),
+          (0.001, math.inf, "clip"), (0, 1, "in_use balance"), (0, 0.499, "box_jitter"), (0.001, 0.999, "val_fraction"),
           (0.001, 1 - 1e-9, "ema"))
 
 
@@ -89,9 +89,8 @@ def run_script(train, arguments):
         world = start(arguments)
         with nullcontext() if world.first else redirect_stderr(io.StringIO()):
             return train(arguments, world)
-    except (ValueError, OSError) as error:
-        # What a process that reads samples raised comes with its traceback, and in its last line the error itself.
-        print((str(error) or repr(error)).splitlines()[-1].removeprefix("ValueError: "), file=sys.stderr)
+    except Exception as error:
+        complain(error)
         return 1
     except KeyboardInterrupt:
         print("stopped at once; the same command goes on (with --resume if OUT/last.pt exists)", file=sys.stderr)

@@ -3,6 +3,7 @@
 Coordinates are pixels (voxel indices i j k) of the original file, zero-based, inclusive.
 """
 import csv
+import os
 from functools import partial
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def check_prompts(arguments) -> None:
     That says whether pictures and volumes are meant, not NPZ cases.
     """
     boxes, points = arguments.box, arguments.point + arguments.background
+    arguments.own_files = bool(arguments.pick or boxes or points or arguments.boxes)
     lengths = [len(box) for box in boxes if len(box) not in (4, 6)]
     refused = {
         f"--box: expected 4 numbers, or 6 for a volume, found {lengths}": lengths,
@@ -63,13 +65,17 @@ def check_prompts(arguments) -> None:
         "--not: expected a --point or a --box beside it, found none": points and not arguments.point and not boxes,
         "--pick: expected no other boxes, points or slices beside it, found some":
             arguments.pick and (boxes or points or arguments.boxes or arguments.z),
-        "--slice: expected --z beside it, found none": arguments.slice is not None and arguments.z is None,
+        f"--z: expected a --box of 4 numbers beside it, or --boxes, found {boxes}":
+            arguments.z and not arguments.boxes and 4 not in map(len, boxes),
+        f"--slice: expected one of those of --z beside it, found {arguments.slice} and {arguments.z}":
+            arguments.slice is not None and not (arguments.z and arguments.z[0] <= arguments.slice <= arguments.z[1]),
+        "--axis, --series, --window: expected boxes of your own beside them, found none": not arguments.own_files and (
+            arguments.axis != "axial" or arguments.series is not None or arguments.window),
     }
     for line, wrong in refused.items():
         if wrong:
             raise ValueError(line)
     arguments.window = parse_window(arguments.window)
-    arguments.own_files = bool(arguments.pick or boxes or points or arguments.boxes)
 
 
 def read_boxes(path: Path) -> dict[str, list[list[float]]]:
@@ -105,7 +111,7 @@ def list_user_files(arguments) -> tuple[dict[Path, list[list[float]]], list[str]
     In the CSV file a name is a path below the input folder; a bare name that is no such path means the files of that
     name in subfolders. ValueError where there is no picture or volume, or the CSV file names none of them.
     """
-    source = arguments.input.absolute()                                        # "." has no name
+    source = Path(os.path.abspath(arguments.input))                            # "." and ".." are no names
     files = list_images(source)
     if not arguments.boxes:
         return dict.fromkeys(files, arguments.box), []

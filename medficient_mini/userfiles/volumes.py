@@ -4,11 +4,11 @@ A volume is turned so that its slices lie along one anatomical axis and look as 
 slices upward, rows to the back, columns to the patient's left); `Grid` knows the way back. Both packages are imported
 where a file needs them.
 """
-import glob
 import gzip
 import math
 import os
 import re
+import sys
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -69,9 +69,9 @@ class Grid:
 
 
 def is_dicom(path: Path) -> bool:
-    """Tell whether a file starts as DICOM files do."""
+    """Tell whether a file starts as DICOM files do and is not a CD's table of contents."""
     with suppress(OSError), open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
+        return file.read(132)[128:] == b"DICM" and path.name != "DICOMDIR"
     return False
 
 
@@ -91,12 +91,17 @@ def list_images(path: Path) -> list[Path]:
 
 
 def parts_of(path: Path) -> list[Path]:
-    """Return the files that an image consists of: those of a DICOM folder, a .mhd and its numbers, else the one."""
+    """Return the files that an image consists of: those of a DICOM folder, a header and its numbers, else the one."""
     if path.is_dir():
         return sorted(filter(is_dicom, path.iterdir()))
-    if path.suffix.lower() != ".mhd":
+    if not path.name.lower().endswith((".mhd", ".nrrd")):
         return [path]
-    return sorted(filter(Path.is_file, path.parent.glob(f"{glob.escape(path.stem)}.*")))
+    with open(path, "rb") as file:
+        names = re.findall(rb"(?im)^(?:ElementDataFile *=|data ?file:) *(.+?)\r?$", file.read(1 << 16))
+    numbers = [path.parent / os.fsdecode(name) for name in names]
+    if not all(map(Path.is_file, numbers)):                  # "LIST" or a pattern: any of the folder's may be meant
+        numbers = sorted(filter(Path.is_file, path.parent.iterdir()))
+    return [path, *numbers]
 
 
 def _open_nifti(path: Path):
@@ -144,12 +149,16 @@ def _open_itk(path: Path):
 def _open_dicom(path: Path, series: int | None):
     """Read one series of a DICOM folder, or a single file: its numbers (I, J, K), rescaled, and its affine."""
     import SimpleITK
-    found = {}                                               # the slices of each series
-    for file in parts_of(path):
+    parts, found = parts_of(path), {}                        # the slices of each series
+    for file in parts:
         with suppress(RuntimeError, FieldError):             # reports, plans and colour pictures lie beside images
             reader, affine = _itk_reader(file)
             tags = [reader.GetMetaData(tag).strip() for tag in TAGS if reader.HasMetaDataKey(tag)]
             found.setdefault(tuple(tags), []).append((reader, affine))
+    left_out = len(parts) - sum(map(len, found.values()))
+    if found and left_out:                                   # one of the slices, damaged, might be among them
+        print(f"{path.name}: series: expected slices in grey, found {left_out} of {len(parts)} DICOM files without one: "
+              "left out", file=sys.stderr)
     number = series if series is not None else len(found) == 1       # without --series there must be one alone
     if not 0 < number <= len(found):
         listed = "; ".join(f"{number}: {' '.join(tags[1:]) or 'no description'}, {len(slices)} slices"
@@ -258,7 +267,7 @@ def _save_itk(path: Path, labels: np.ndarray, affine: np.ndarray) -> None:
     image.SetOrigin(affine[:3, 3])
     if path.suffix == ".nrrd":
         extent = " ".join(f"0 {n - 1}" for n in labels.shape)
-        for k, colour in enumerate(colours(labels.max() + 1)[1:]):
+        for k, colour in enumerate(colours(int(labels.max()) + 1)[1:]):
             keys = {"ID": f"object_{k + 1}", "Name": f"object {k + 1}", "LabelValue": k + 1, "Layer": 0,
                     "Color": " ".join(map(str, colour / 255)), "Extent": extent}
             for key, value in keys.items():

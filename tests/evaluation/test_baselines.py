@@ -48,3 +48,10 @@ def test_script(tmp_path, capsys):
     assert main(["-i", str(tmp_path / "in"), "-o", str(tmp_path / "in")]) == 1
     assert "another folder" in capsys.readouterr().err
     assert "imgs" in np.load(tmp_path / "in/2D_US_a.npz").files               # the case is still there
+    for _ in range(2):                                                         # results below the input are no cases
+        assert main(["-i", str(tmp_path / "in"), "-o", str(tmp_path / "in/deeper")]) == 1
+        assert "expected" in capsys.readouterr().err and len(list((tmp_path / "in/deeper").iterdir())) == 2
+    (tmp_path / "in/again").mkdir()
+    (tmp_path / "in/2D_US_a.npz").rename(tmp_path / "in/again/3D_CT_b.npz")
+    main(["-i", str(tmp_path / "in"), "-o", str(tmp_path / "twice")])
+    assert "3D_CT_b.npz: name: expected one of its own" in capsys.readouterr().err

@@ -289,3 +289,21 @@ def test_fault_23_a_label_to_ignore_is_hinted_at(folders, evaluate):
     np.savez(folders / "gts" / "2D_CT_a.npz", gts=np.full_like(LABELS, 255))               # nothing beside it: an object
     status, _, lines = evaluate("-s", folders / "near", "-g", folders / "gts")
     assert status == 0 and [line.partition(" of ")[0] for line in lines] == ["2D_CT_a.npz: segs: expected labels"]
+
+
+def test_folders_and_names_are_found_as_they_are_given(folders, evaluate, monkeypatch):
+    """Capital endings, results below the ground truth, "=" in a folder's name, -s twice, and "." as a folder."""
+    (folders / "gts" / "2D_CT_a.npz").rename(folders / "gts" / "2D_CT_a.NPZ")
+    (folders / "near").rename(folders / "gts" / "lr=0.1")
+    monkeypatch.chdir(folders / "gts")
+    status, _, lines = evaluate("-s", "near=lr=0.1", "-s", folders / "far", "-g", ".", "-o", folders / "scores")
+    assert (status, lines) == (0, [])
+    rows = [table(folders / "scores" / f"metrics_{name}.csv", "case") for name in ("near", "far")]
+    assert all(len(row) == len(TRUTH) and all(float(line["dsc"]) > 0.5 for line in row.values()) for row in rows)
+
+
+def test_the_folder_is_the_modality_of_other_names(tmp_path, evaluate, monkeypatch):
+    (tmp_path / "Cells").mkdir()
+    np.savez(tmp_path / "Cells" / "a.npz", imgs=LABELS, gts=LABELS, segs=LABELS)
+    monkeypatch.chdir(tmp_path / "Cells")
+    assert evaluate("-s", ".", "-g", ".")[0] == 0 and table("metrics.csv", "case")["a.npz"]["modality"] == "Cells"

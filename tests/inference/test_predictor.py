@@ -61,6 +61,12 @@ def test_prompts_are_checked_as_those_of_files():                            # f
             predictor.predict([[9, 9]], np.array(labels))
     with pytest.raises(ValueError, match="as many"):
         predictor.predict([[9, 9]], [1], box=BOXES)
+    for mask in (np.zeros((256, 256)), np.zeros((1, 128, 128)), np.zeros((3, 256, 256))):
+        with pytest.raises(ValueError, match="prompts: expected"):
+            predictor.predict(mask_input=mask)
+    with pytest.raises(ValueError, match="prompts: expected"):
+        predictor.predict_torch(None, None, torch.tensor([1., 2, 30, 40]))
+    assert predictor.predict_torch(None, None, torch.tensor([[1., 2, 30, 40]]).double())[2].dtype == torch.float32
     with pytest.raises(ValueError, match="prompts"):
         predictor.predict()
     with pytest.raises(ValueError, match="uint8"):
@@ -77,7 +83,7 @@ def test_boolean_labels_mean_1_and_0():                                      # f
     for labels in (np.array([True, False]), [1, 0]):
         predictor.predict(point_coords=np.array([[9, 9], [20, 20]]), point_labels=labels)
         assert predictor.model.labels.dtype != torch.bool and predictor.model.labels.tolist() == [[1, 0]]
-    predictor.predict_torch(torch.ones(1, 2, 2), torch.tensor([[True, False]]))
+    predictor.predict_torch(torch.ones(1, 2, 2, dtype=torch.float64), torch.tensor([[True, False]]))
     assert predictor.model.labels.dtype != torch.bool
 
 

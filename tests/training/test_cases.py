@@ -21,7 +21,7 @@ def headers(*names):
     return [Case(Path(f"/x/{name}.npz"), (8, 8), True) for name in names]
 
 
-def test_scan_takes_what_inference_takes(tmp_path):                            # fault 7
+def test_scan_takes_what_inference_takes(tmp_path, capsys):                            # fault 7
     write_3d(tmp_path, "3D_CT_a")
     write_2d(tmp_path / "deep" / "er", "2DBox_OCT_b", gts=None)
     for name, imgs in (("16", np.ones((40, 60, 3), np.uint16)), ("float", np.ones((40, 60))),
@@ -31,6 +31,7 @@ def test_scan_takes_what_inference_takes(tmp_path):                            #
     assert len(cases) == 6 and cases["3D_CT_a"].is_3d and not cases["2DBox_OCT_b"].has_gts
     assert cases["2DBox_OCT_b"].modality == "OCT" and cases["3D_CT_a"].shape == (6, 24, 30)
     assert "2DBox_OCT_b" not in {case.path.stem for case in scan_cases(tmp_path, need_masks=True)}
+    assert "checking cases 6/6" in capsys.readouterr().err
     cache = SliceCache(tmp_path / "cache", 10)
     assert all(cache.image_and_labels(case)[0].dtype == np.uint8 for case in cases.values())
     write_2d(tmp_path / "only", "2D_US_x", gts=None)

@@ -126,11 +126,15 @@ def test_distill_then_finetune_then_load(bench, tmp_path, monkeypatch, capsys):
     name, state = load_state(tmp_path / "distill" / "best.pt")
     assert name == "medficientsam_l0" and all(key.startswith("image_encoder.") for key in state)
 
+    assert call(train_distill, *options, "--augment", "--no-flips", "--resume") == 1
+    assert "--no-flips: expected no --augment" in capsys.readouterr().err
     options = common(bench, tmp_path / "tune", "--weights", tmp_path / "distill" / "best.pt", "--steps", 1)
     assert call(train_finetune, *options) == 1 and "--decoder-weights" in capsys.readouterr().err
     assert call(train_finetune, *options, "--decoder-weights", teacher, "--freeze", "prompt", "--freeze-norm",
                 "--augment", "full", "--photometric", "--in-use", 0.5, "--limit-samples", 2) == 0
     assert " 2 training slices" in capsys.readouterr().err                        # with --in-use, too
+    options = common(bench, tmp_path / "tune", "--student", "l0", "--teacher", teacher, "--steps", 2, "--resume")
+    assert call(train_distill, *options) == 1 and "expected a run of this script" in capsys.readouterr().err
     tuned, start_from = load_model(tmp_path / "tune" / "best.pt"), load_state(teacher)[1]
     assert torch.equal(tuned.prompt_encoder.no_mask_embed.weight, start_from["prompt_encoder.no_mask_embed.weight"])
     assert not torch.equal(tuned.mask_decoder.iou_token.weight, start_from["mask_decoder.iou_token.weight"])

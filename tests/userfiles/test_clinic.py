@@ -9,7 +9,7 @@ from test_user_files import dice, exact_volumes, run                    # fixtur
 
 from medficient_mini.show.draw import colours
 from medficient_mini.userfiles import convert
-from medficient_mini.userfiles.volumes import list_images, load_labels, load_volume, save_labels
+from medficient_mini.userfiles.volumes import list_images, load_labels, load_volume, parts_of, save_labels
 
 sitk = pytest.importorskip("SimpleITK", reason="DICOM, NRRD and MetaImage are read by SimpleITK")
 pytest.importorskip("nibabel", reason="slices are turned by nibabel")
@@ -287,13 +287,47 @@ def test_real_files(capfd):
 
 
 def test_real_folders(tmp_path, run, exact_volumes):                                                     # noqa: F811
-    """What is no series of images: directories, pictures without pixels; reports beside images are no obstacle."""
+    """What is no series of images: pictures without pixels; reports beside images, and a CD's DICOMDIR, are no obstacle."""
     out, err = run("-i", REAL / "dicomdirtests", "-o", tmp_path / "out", "--box", 1, 1, 0, 9, 9, 0, code=1)
-    assert "4 segmented" in out and len(err) == 8 and all(line.count("expected") == 1 for line in err)
+    assert "4 segmented" in out and len(err) == 7 and all(line.count("expected") == 1 for line in err)
     write_series(tmp_path / "ct", data_of())
     for name in ("rtstruct.dcm", "reportsi.dcm", "rtplan.dcm"):
         shutil.copy(REAL / name, tmp_path / "ct")
     assert load_volume(tmp_path / "ct")[0].shape == (6, 20, 24)
+
+
+def test_what_is_left_out_of_a_series_is_said(tmp_path, capfd):
+    folder = write_series(tmp_path / "ct", data_of())
+    first = sorted(folder.iterdir())[0]
+    first.write_bytes(first.read_bytes()[:-200])
+    assert load_volume(folder)[0].shape == (5, 20, 24)
+    assert "ct: series: expected slices in grey, found 1 of 6 DICOM files without one" in capfd.readouterr().err
+
+
+def test_the_numbers_of_a_header_may_bear_another_name(tmp_path):
+    data, found = data_of(), []
+    for ending, field in (("mhd", "ElementDataFile = {}"), ("nrrd", "data file: {}")):
+        folder = tmp_path / ending
+        folder.mkdir()
+        (folder / "numbers.bin").write_bytes(data.tobytes())
+        header = {"mhd": "NDims = 3\nDimSize = 24 20 6\nElementType = MET_SHORT\n",
+                  "nrrd": "NRRD0004\ntype: short\ndimension: 3\nsizes: 24 20 6\nendian: little\nencoding: raw\n"
+                          "space: left-posterior-superior\nspace directions: (1,0,0) (0,1,0) (0,0,1)\n"}[ending]
+        path = folder / f"v.{ending}"
+        path.write_text(header + field.format("numbers.bin") + "\n")
+        assert parts_of(path) == [path, folder / "numbers.bin"]
+        found.append(load_volume(path)[0])
+    assert np.array_equal(*found) and np.ptp(found[0]) == 255
+
+
+def test_255_objects_have_their_names(tmp_path):
+    """One more than the largest label is no uint8."""
+    path = write_itk(tmp_path / "v.nrrd", data_of())
+    _, grid, _ = load_volume(path)
+    segs = np.zeros(grid.size, np.uint8)
+    segs.flat[:255] = np.arange(1, 256)
+    save_labels(tmp_path / "m.nrrd", segs, grid)
+    assert sitk.ReadImage(str(tmp_path / "m.nrrd")).GetMetaData("Segment254_Name") == "object 255"
 
 
 @pytest.mark.parametrize("ending", ["nrrd", "mha"])

@@ -57,6 +57,8 @@ def test_options():
     ("--box 1 2 3", "--box: expected 4"), ("--box 1 2 3 4 5 6 7", "--box"), ("--not 1 2", "--not"),
     ("--box 1 2 3 4 --box 1 2 3 4 --point 1 2", "--point"), ("--box 1 2 3 4 --boxes b.csv", "--boxes"),
     ("--point 1 2 --boxes b.csv", "--boxes"), ("--box 1 2 3 4 --slice 2", "--slice"),
+    ("--box 1 2 3 4 --z 3 8 --slice 9", "--slice: expected one of those of --z beside it, found 9 and"),
+    ("--box 1 2 3 4 5 6 --z 3 8", "--z: expected a --box of 4 numbers"),
     ("--pick --box 1 2 3 4", "--pick"), ("--window heart --box 1 2 3 4", "--window")])
 def test_bad_options_are_one_line(words, line):
     with pytest.raises(ValueError, match=f"^{line}[^\n]*$"):

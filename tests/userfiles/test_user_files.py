@@ -135,6 +135,14 @@ def test_a_bad_file_costs_one_line(pictures, tmp_path, run):
     assert [line.split(":")[0].split("/")[-1] for line in err] == ["a.png", "a.bmp", "bad.png", "small.bmp"]
 
 
+def test_a_picture_named_like_a_volume_is_drawn_again(pictures, tmp_path, run):
+    picture = (pictures / "a.png").rename(pictures / "3D_view.png")
+    for done in ("1 segmented", "1 skipped"):
+        out, err = run("-i", picture, "-o", tmp_path / "out", "--box", 25, 15, 75, 45, "--overlay", tmp_path / "drawn")
+        assert done in out and not err and (tmp_path / "drawn/3D_view_overlay.png").exists()
+        (tmp_path / "drawn/3D_view_overlay.png").unlink()
+
+
 @pytest.mark.parametrize("words, expected", [
     ([], "--pick"), (["--box", 1, 2, 3], "--box: expected 4"), (["--boxes", "absent.csv"], "absent.csv"),
     (["--box", 1, 2, 3, 4, "--window", "heart"], "--window")])
@@ -147,6 +155,8 @@ def test_wrong_options_are_one_line(pictures, tmp_path, run, words, expected):
 def test_outputs_never_touch_inputs(pictures, tmp_path, run):
     box = ("--box", 25, 15, 75, 45)
     assert "another folder" in run("-i", pictures, "-o", pictures, *box, code=1)[1][0]
+    words = "-i", pictures, "-o", tmp_path / "out", "--overlay", pictures, *box
+    assert "another folder" in run(*words, code=1)[1][0]
     for done in ("3 segmented", "3 skipped"):                    # the second run finds the first one's pictures
         assert done in run("-i", pictures, "-o", pictures / "masks", *box)[0]
 
