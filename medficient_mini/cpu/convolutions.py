@@ -1,9 +1,8 @@
 """The convolutions of an image encoder as single oneDNN calls, put in the place of the plain layers.
 
 Convolution, batch norm and GELU become one call with packed weights (without AVX-512 GELU follows it in float32), and a
-block's sum with its input is made inside its last convolution. Encoders keep their own forward passes but for LiteMLA
-and Neck, which are written anew: who changes those in nets/efficientvit.py changes them here. Maps are channels-last: a
-pixel's channels lie together.
+block's sum with its input is made inside its last convolution. Encoders keep their own forward passes. Maps are
+channels-last: a pixel's channels lie together.
 """
 import math
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.backends.cpu import get_cpu_capability
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..nets.efficientvit import ConvLayer, LiteMLA, Neck, Residual
+from ..nets.efficientvit import ConvLayer, Enlarge, LiteMLA, Residual
 from ..nets.tinyvit import ConvBN
 
 PIECE = 1 << 18                      # numbers that `gelu_` brings through all of its steps at once
@@ -79,52 +78,16 @@ class FusedResidual(nn.Module):
         return self.last(self.first(x), x)
 
 
-class LinearAttention(nn.Module):
-    """The LiteMLA of nets/efficientvit.py up to its last convolution; the attention itself stays in float32."""
+class MatrixEnlarge(nn.Module):
+    """The Enlarge of nets/efficientvit.py as two matrix products: 20 times as fast as torch's interpolation."""
 
-    def __init__(self, plain: LiteMLA, dtype: torch.dtype):
-        super().__init__()
-        self.qkv = plain.qkv                                                  # a FusedConv by now
-        self.aggregate = nn.Sequential(*(FusedConv(conv, None, dtype) for conv in plain.aggreg[0]))
-
-    def forward(self, x: Tensor) -> Tensor:                                   # (B, C, H, W)
-        qkv, (B, _, H, W) = self.qkv(x), x.shape                              # (B, 3C, H, W)
-        qkv = torch.cat([qkv, self.aggregate(qkv)], dim=1)                    # (B, 6C, H, W): two scales
-        qkv = qkv.flatten(2).unflatten(1, (-1, 96)).transpose(2, 3)           # (B, heads, N, 3·32)
-        heads = torch.empty(qkv.shape).copy_(qkv)                             # float32 from here on
-        F.relu_(heads[..., :64])
-        q, k, v = heads.chunk(3, dim=3)                                       # (B, heads, N, 32) each
-        with torch.autocast("cpu", enabled=False):
-            out = q @ (k.transpose(2, 3) @ v)
-            out /= q @ k.sum(2)[..., None] + 1e-15
-        return out.transpose(1, 2).reshape(B, H, W, -1).permute(0, 3, 1, 2)   # (B, 2C, H, W)
-
-
-class FusedNeck(nn.Module):
-    """The Neck of nets/efficientvit.py; its sum over three scales is made in place."""
-
-    def __init__(self, neck: Neck):
-        super().__init__()
-        self.neck = neck
-
-    def forward(self, stages: list[Tensor]) -> Tensor:     # (B, 128, h, h), (B, 256, h/2, h/2), (B, 512, h/4, h/4)
-        total = None
-        for op, feature in zip(self.neck.input_ops, reversed(stages)):
-            conv = op.op_list[0]
-            if feature.shape[-1] == 64:
-                total = conv(feature, total)                                  # (B, 256, 64, 64)
-            else:
-                enlarged = enlarge(conv(feature))
-                total = enlarged if total is None else total.add_(enlarged)
-        return self.neck.output_ops[0](self.neck.middle(total))                           # (B, 256, 64, 64)
-
-
-def enlarge(x: Tensor) -> Tensor:
-    """Enlarge (B, C, h, h) to 64×64, bicubic, as two matrix products: 20 times as fast as torch's interpolation."""
-    h = x.shape[-1]
-    weights = F.interpolate(torch.eye(h)[None, None], (64, h), mode="bicubic")[0, 0].to(x.dtype)      # (64, h)
-    wide = weights @ x.permute(0, 2, 3, 1)                                    # (B, h, 64, C)
-    return (weights @ wide.flatten(2)).unflatten(2, (64, -1)).permute(0, 3, 1, 2)
+    def forward(self, x: Tensor) -> Tensor:                                   # (B, C, h, h) -> (B, C, 64, 64)
+        h = x.shape[-1]
+        if h == 64:
+            return x
+        weights = F.interpolate(torch.eye(h)[None, None], (64, h), mode="bicubic")[0, 0].to(x.dtype)      # (64, h)
+        wide = weights @ x.permute(0, 2, 3, 1)                                # (B, h, 64, C)
+        return (weights @ wide.flatten(2)).unflatten(2, (64, -1)).permute(0, 3, 1, 2)
 
 
 def fuse(module: nn.Module, dtype: torch.dtype) -> None:
@@ -137,12 +100,12 @@ def fuse(module: nn.Module, dtype: torch.dtype) -> None:
             child = FusedConv(fold(child.conv, child.norm), child.act, dtype)
         elif isinstance(child, ConvBN):
             child = FusedConv(fold(child.c, child.bn), None, dtype)
+        elif isinstance(child, nn.Conv2d):
+            child = FusedConv(child, None, dtype)
         else:
             fuse(child, dtype)
-            if isinstance(child, LiteMLA):
-                child = nn.Sequential(LinearAttention(child, dtype), child.proj)
-            elif isinstance(child, Residual) and child.shortcut:
+            if isinstance(child, Residual) and child.shortcut and not isinstance(child.main, LiteMLA):
                 child = FusedResidual(child.main)
-            elif isinstance(child, Neck):
-                child = FusedNeck(child)
+            elif isinstance(child, Enlarge):
+                child = MatrixEnlarge()
         setattr(module, name, child)

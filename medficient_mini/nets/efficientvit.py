@@ -94,20 +94,19 @@ class LiteMLA(nn.Module):
         self.proj = ConvLayer(2 * width, width, 1, act=False)
 
     def forward(self, x: Tensor) -> Tensor:                                   # (B, C, H, W)
-        B, C, H, W = x.shape
-        qkv = self.qkv(x)                                                     # (B, 3C, H, W)
+        qkv, (B, _, H, W) = self.qkv(x), x.shape                              # (B, 3C, H, W)
         qkv = torch.cat([qkv, self.aggreg[0](qkv)], dim=1)                    # (B, 6C, H, W): two scales
-        out = self.attend(qkv.reshape(B, 2 * C // HEAD_DIM, 3 * HEAD_DIM, H * W))
-        return self.proj(out.reshape(B, 2 * C, H, W).to(qkv.dtype))           # (B, C, H, W)
+        heads = qkv.flatten(2).unflatten(1, (-1, 3 * HEAD_DIM)).transpose(2, 3)               # (B, heads, N, 3·32)
+        out = self.attend(heads).to(qkv.dtype).transpose(1, 2)                # (B, N, heads, 32)
+        return self.proj(out.reshape(B, H, W, -1).permute(0, 3, 1, 2))        # (B, C, H, W)
 
     @staticmethod
-    def attend(qkv: Tensor) -> Tensor:                                        # (B, heads, 3·32, N)
+    def attend(qkv: Tensor) -> Tensor:                                        # (B, heads, N, 3·32)
         with torch.autocast(qkv.device.type, enabled=False):
-            q, k, v = qkv.float().chunk(3, dim=2)                             # each (B, heads, 32, N)
+            qkv = qkv.to(torch.float32, memory_format=torch.contiguous_format)
+            q, k, v = qkv.chunk(3, dim=3)                                     # each (B, heads, N, 32)
             q, k = F.relu(q), F.relu(k)
-            kv = v @ k.transpose(-1, -2)                                      # (B, heads, 32, 32)
-            total = k.sum(-1, keepdim=True)                                   # (B, heads, 32, 1)
-            return (kv @ q) / (total.transpose(-1, -2) @ q + 1e-15)           # (B, heads, 32, N)
+            return q @ (k.transpose(2, 3) @ v) / (q @ k.sum(2)[..., None] + 1e-15)            # (B, heads, N, 32)
 
 
 class Residual(nn.Module):
@@ -172,23 +171,26 @@ class Backbone(nn.Module):
         return outputs[2:]                    # (B, 128, S/8, S/8), (B, 256, S/16, S/16), (B, 512, S/32, S/32)
 
 
+class Enlarge(nn.Module):
+    """Map (B, C, h, h) -> (B, C, 64, 64), bicubic."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.shape[-1] == 64 else F.interpolate(x, (64, 64), mode="bicubic", align_corners=False)
+
+
 class Neck(nn.Module):
     """Three scales -> one 64×64 map (arXiv 2402.05008, figure 2). Keys input_ops.0/1/2 belong to stages 4/3/2."""
 
     def __init__(self, depth: int):
         super().__init__()
-        self.input_ops = nn.ModuleList(OpSequential(ConvLayer(c, 256, 1, act=False)) for c in (512, 256, 128))
+        self.input_ops = nn.ModuleList(OpSequential(ConvLayer(channels, 256, 1, act=False), Enlarge())
+                                       for channels in (512, 256, 128))
         self.middle = OpSequential(*(Residual(FusedMBConv(256, 256, 1)) for _ in range(depth)))
         self.output_ops = nn.ModuleList([OpSequential(ConvLayer(256, 256, 1, bias=True, norm=False, act=False))])
 
     def forward(self, stages: list[Tensor]) -> Tensor:
-        x = 0
-        for op, feature in zip(self.input_ops, reversed(stages)):
-            feature = op(feature)                                             # (B, 256, h, h)
-            if feature.shape[-1] != 64:
-                feature = F.interpolate(feature, (64, 64), mode="bicubic", align_corners=False)
-            x = x + feature                                                   # (B, 256, 64, 64)
-        return self.output_ops[0](self.middle(x))                             # (B, 256, 64, 64)
+        coarse, middle, fine = (op(x) for op, x in zip(self.input_ops, reversed(stages)))     # (B, 256, 64, 64) each
+        return self.output_ops[0](self.middle(coarse + middle + fine))        # (B, 256, 64, 64)
 
 
 class EfficientViTSam(nn.Module):

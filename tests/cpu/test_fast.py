@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from medficient_mini.cpu import convolutions, fast
-from medficient_mini.cpu.convolutions import enlarge, fuse
+from medficient_mini.cpu.convolutions import MatrixEnlarge, fuse
 from medficient_mini.cpu.decoder import FastDecoder
 from medficient_mini.cpu.fast import FastSam, resolve_precision, to_fast
 from medficient_mini.nets.efficientvit import Backbone, EfficientViTBlock, FusedMBConv, MBConv, ResBlock, Residual
@@ -105,7 +105,7 @@ def test_gelu_in_place(count):
 def test_enlargement_is_bicubic_interpolation(side):
     x = torch.randn(2, 3, side, side)
     expected = torch.nn.functional.interpolate(x, (64, 64), mode="bicubic", align_corners=False)
-    assert error(enlarge(x.contiguous(memory_format=torch.channels_last)), expected) < 1e-5
+    assert error(MatrixEnlarge()(x.contiguous(memory_format=torch.channels_last)), expected) < 1e-5
 
 
 # ----------------------------------------------------------------------------------------------------------- decoder

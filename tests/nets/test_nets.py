@@ -80,7 +80,7 @@ def test_prompts_of_several_images_in_one_batch():
 def test_linear_attention_equals_its_definition():
     from medficient_mini.nets.efficientvit import LiteMLA
     q, k, v = torch.rand(3, 1, 1, 32, 7, generator=torch.Generator().manual_seed(1)) - 0.3
-    found = LiteMLA.attend(torch.cat([q, k, v], dim=2))[0, 0]                # (32, 7)
+    found = LiteMLA.attend(torch.cat([q, k, v], dim=2).mT)[0, 0].T           # (32, 7)
     weight = torch.relu(q[0, 0]).T @ torch.relu(k[0, 0])                     # (query, key)
     expected = v[0, 0] @ (weight / weight.sum(1, keepdim=True)).T
     assert torch.allclose(found, expected, atol=1e-5)
@@ -88,7 +88,7 @@ def test_linear_attention_equals_its_definition():
 
 def test_linear_attention_accumulates_in_float32():
     from medficient_mini.nets.efficientvit import LiteMLA
-    qkv = torch.rand(1, 1, 96, 4096, generator=torch.Generator().manual_seed(2)).bfloat16()
+    qkv = torch.rand(1, 1, 4096, 96, generator=torch.Generator().manual_seed(2)).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         found = LiteMLA.attend(qkv)
     assert found.dtype == torch.float32 and torch.equal(found, LiteMLA.attend(qkv.float()))
